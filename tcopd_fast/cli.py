@@ -1,0 +1,179 @@
+"""The `tcopd` console script."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tcopd_fast import __version__
+from tcopd_fast.config_io import config_help, dump_config
+from tcopd_fast.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; a UserError prints its message alone and gives status 2."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError('the trainer is not installed; run: pip install "tcopd-fast[train]"')
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from tcopd_fast.train import add_arguments
+
+    parser = argparse.ArgumentParser(prog="tcopd", description="Teacher-contrastive on-policy distillation.")
+    parser.add_argument("--version", action="version", version=f"tcopd-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, **options) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, **options)
+        sub.set_defaults(run=run)
+        return sub
+
+    raw = argparse.RawDescriptionHelpFormatter
+    demo = command("demo", _demo, "Train G-OPD and TC-OPD on the miniature and write a report.")
+    demo.add_argument("--out", default="runs/demo", help="folder of the runs and the report (default %(default)s)")
+    demo.add_argument("--steps", type=int, default=None, help="training steps per run (default: as configured)")
+
+    train = command(
+        "train", _train, "Train, starting the deepspeed launcher.", epilog=config_help(), formatter_class=raw
+    )
+    add_arguments(train)
+    train.add_argument("--ranks", type=int, default=None, help="processes on this machine (default: GPUs, else 1)")
+
+    evaluate = command("eval", _eval, "Sample answers and judge them: mean@k, pass@k, lengths, intervals.")
+    evaluate.add_argument("model", help="checkpoint: hub id, folder, miniature:NAME")
+    evaluate.add_argument("--data", required=True, action="append", metavar="PATH", help="problems (may be repeated)")
+    evaluate.add_argument("--out", required=True, metavar="DIR", help="folder for eval.jsonl and samples")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="keys of data, rollout, eval, judge, model")
+
+    score = command("score", _score, "Per-token logprobs of any text under any models, to parquet.")
+    score.add_argument("--model", required=True, action="append", metavar="NAME=PATH", help="a model (may be repeated)")
+    score.add_argument("--text", required=True, metavar="FILE", help="JSONL with `text`, or `prompt` and `response`")
+    score.add_argument("--out", required=True, metavar="FILE.parquet")
+    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    score.add_argument("--max-tokens", type=int, default=16384, help="packed tokens of one forward")
+
+    report = command("report", _report, "Write one HTML page comparing runs.")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--out", default=None, metavar="FILE.html", help="default: RUN/report.html of the first run")
+
+    export = command("export", _export, "Write a run's student as a Hugging Face folder.")
+    export.add_argument("run_dir", metavar="RUN")
+    export.add_argument("--out", default=None, metavar="DIR", help="default: RUN/export")
+    export.add_argument("--step", type=int, default=None, help="checkpoint step (default: the newest)")
+
+    miniature = command("miniature", _miniature, "Re-create the miniature's checkpoints from nothing.")
+    miniature.add_argument("action", choices=["build"])
+    miniature.add_argument("--out", default="runs/miniature", metavar="DIR")
+    miniature.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.train import resolve
+
+    config = resolve(arguments)
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return 0
+    from tcopd_fast import rundir
+    from tcopd_fast.trainer import read_inputs
+
+    if not arguments.resume:
+        rundir.check_new(config)
+    ranks = arguments.ranks or default_ranks()
+    # Everything that can be refused is refused here, once, before any process is started.
+    read_inputs(config, ranks)
+    words = ["--resume", arguments.resume] if arguments.resume else ["--config", arguments.config]
+    return launch(ranks, [*words, *arguments.overrides])
+
+
+def default_ranks() -> int:
+    """One process per GPU, one without GPUs."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def launch(ranks: int, words: Sequence[str]) -> int:
+    """Run `tcopd_fast.train` under the deepspeed launcher on this machine; returns its exit status."""
+    import torch
+
+    from tcopd_fast.dist import free_port
+
+    environment = dict(os.environ)
+    device_flag = "--num_gpus"
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+        device_flag = "--num_accelerators"
+        # Ranks on one CPU share its cores.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", device_flag, str(ranks)]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
+    # tcopd_fast may be a source tree that only the launching process has on its path.
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, os.path.join(root, "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return subprocess.run([*launcher, "--module", "tcopd_fast.train", *words], env=environment, check=False).returncode
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.demo import run_demo
+
+    return run_demo(Path(arguments.out), arguments.steps)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.commands import run_eval
+
+    return run_eval(arguments.model, arguments.data, Path(arguments.out), arguments.overrides)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.commands import run_score
+
+    return run_score(
+        arguments.model, Path(arguments.text), Path(arguments.out), arguments.temperature, arguments.dtype, arguments.max_tokens
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.report import format_table, summary_table, write_report
+
+    runs = [Path(run) for run in arguments.runs]
+    out = write_report(runs, Path(arguments.out) if arguments.out else runs[0] / "report.html")
+    print(format_table(summary_table(runs)))
+    print(f"report: {out}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.commands import run_export
+
+    return run_export(Path(arguments.run_dir), Path(arguments.out) if arguments.out else None, arguments.step)
+
+
+def _miniature(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.miniature.build import build
+
+    build(Path(arguments.out), seed=arguments.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

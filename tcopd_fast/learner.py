@@ -1,0 +1,252 @@
+"""Stage 7, learner: DeepSpeed ZeRO 1-3 around the packed student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcopd_fast.config import Config
+from tcopd_fast.dist import World
+from tcopd_fast.errors import UserError
+from tcopd_fast.loss import policy_loss
+from tcopd_fast.models import DTYPES, ModelSet, PackedCausalLM, load_causal_lm
+from tcopd_fast.monitor import StageClock
+from tcopd_fast.packing import pack, split_by_tokens
+from tcopd_fast.types import Batch, Rollout
+
+TAG = "deepspeed"
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one rollout batch taught.
+
+    sums: summable loss metrics of this rank (tcopd_kernels.tcopd_policy_loss names, plus loss and entropy sums).
+    ratio_max: largest ratio on this rank. old_logprobs: float32 [L] per rollout of this rank, the learner's own
+    before its first optimizer step on that rollout. grad_norm: of the last optimizer step, before clipping.
+    skipped: optimizer steps not taken because the gradient was not finite.
+    """
+
+    sums: dict[str, float]
+    ratio_max: float
+    old_logprobs: list[Tensor]
+    grad_norm: float
+    lr: float
+    skipped: int
+
+
+class Learner:
+    """The student under DeepSpeed: logprobs, update, weights, checkpoint."""
+
+    def __init__(self, config: Config, models: ModelSet, world: World) -> None:
+        import deepspeed
+
+        self.config = config
+        self.world = world
+        self.steps_taken = 0
+        self.skipped_steps = 0
+        settings = deepspeed_config(config)
+        with _sharded_loading(settings, config.learner.zero_stage):
+            lm = load_causal_lm(
+                config.model.path,
+                dtype=config.model.dtype,
+                attention=config.model.attention,
+                vocab_size=models.vocab_size,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        if config.model.gradient_checkpointing:
+            lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.train()
+        optimizer = torch.optim.AdamW(
+            lm.parameters(),
+            lr=config.learner.lr,
+            betas=config.learner.betas,
+            eps=config.learner.eps,
+            weight_decay=config.learner.weight_decay,
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=settings)
+
+    @property
+    def lm(self) -> PackedCausalLM:
+        """The student; under ZeRO-3 its parameters are whole only inside a forward."""
+        return self.engine.module
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Logprob of every sampled token under the current weights: float32 [L] per rollout, on the CPU."""
+        lengths = [len(r.prompt.token_ids) + len(r.token_ids) - 1 for r in rollouts]
+        groups = split_by_tokens(lengths, self.config.learner.max_tokens_per_microbatch)
+        most = int(self.world.max({"groups": float(len(groups))})["groups"])
+        out: dict[int, Tensor] = {}
+        for group in groups + [[]] * (most - len(groups)):
+            rows = [rollouts[i] for i in group]
+            tokens = pack([r.prompt.token_ids for r in rows] or [[0]], [r.token_ids for r in rows] or [[0]])
+            scored = self.engine(
+                PackedCausalLM.logprobs, tokens.to(self.world.device), temperature=self.config.rollout.temperature
+            )
+            parts = scored.logprob.cpu().split([len(r.token_ids) for r in rows] or [1])
+            out.update((i, part.clone()) for i, part in zip(group, parts, strict=False))
+        return [out[i] for i in range(len(rollouts))]
+
+    def update(self, minibatches: Sequence[Sequence[Batch]], rollouts: int, clock: StageClock) -> UpdateResult:
+        """Optimizer steps on one rollout batch: one per minibatch and epoch.
+
+        rollouts: how many this rank holds. Stages "loss" (forward) and "learner" (backward, step) are timed apart.
+        """
+        sums: dict[str, float] = {}
+        ratio_max, skipped, lr = 0.0, 0, 0.0
+        old: dict[int, Tensor] = {}
+        for _ in range(self.config.learner.epochs):
+            for batches in minibatches:
+                for batch in batches:
+                    metrics = self._forward_backward(batch, old, clock)
+                    ratio_max = max(ratio_max, metrics.pop("ratio_max"))
+                    for key, value in metrics.items():
+                        sums[key] = sums.get(key, 0.0) + value
+                with clock.stage("learner"):
+                    lr = self._set_lr()
+                    self.engine.step()
+                    self.steps_taken += 1
+                    skipped += not self.engine.was_step_applied()
+        self.skipped_steps += skipped
+        return UpdateResult(
+            sums, ratio_max, [old[i] for i in range(rollouts)], float(self.engine.get_global_grad_norm()), lr, skipped
+        )
+
+    def _forward_backward(self, batch: Batch, old: dict[int, Tensor], clock: StageClock) -> dict[str, float]:
+        device = self.world.device
+        moved = replace(
+            batch,
+            tokens=batch.tokens.to(device),
+            reward=batch.reward.to(device),
+            ref_logprob=batch.ref_logprob.to(device),
+            rollout_logprob=batch.rollout_logprob.to(device),
+            old_logprob=None if batch.old_logprob is None else batch.old_logprob.to(device),
+            weights=batch.weights.to(device),
+        )
+        with clock.stage("loss"):
+            loss, metrics, scored = self.engine(policy_loss, moved, self.config)
+        with clock.stage("learner"):
+            self.engine.backward(loss, scale_wrt_gas=False)
+        if not batch.indices:
+            metrics = {key: torch.zeros(()) for key in metrics}
+        out = {key: float(value) for key, value in metrics.items()}
+        out["loss"] = float(loss.detach()) / self.world.size if batch.indices else 0.0
+        out["entropy_sum"] = float(scored.entropy.sum()) if batch.indices else 0.0
+        if batch.indices:
+            before = batch.old_logprob if batch.old_logprob is not None else scored.logprob.cpu()
+            for i, part in zip(batch.indices, before.split(batch.lengths), strict=True):
+                old.setdefault(i, part.clone())
+        return out
+
+    def _set_lr(self) -> float:
+        warmup = self.config.learner.warmup_steps
+        scale = min(1.0, (self.steps_taken + 1) / warmup) if warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learner.lr * scale
+        return self.config.learner.lr * scale
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every parameter, tied ones once; gathered singly under ZeRO-3."""
+        for name, parameter in self.lm.model.named_parameters():
+            with self._gathered([parameter]):
+                yield name, parameter.detach()
+
+    def _gathered(self, parameters: list[Any]) -> Any:
+        if self.config.learner.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and counters into `folder`. A collective: every rank calls it."""
+        state = {"steps_taken": self.steps_taken, "skipped_steps": self.skipped_steps}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, at the same number of ranks. Raises UserError when it cannot be read."""
+        path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise UserError(f"checkpoint {folder}: cannot be read; delete it to resume from the one before")
+        self.steps_taken, self.skipped_steps = state["steps_taken"], state["skipped_steps"]
+
+    def export(self, folder: Path, tokenizer: Any) -> None:
+        """Write a plain Hugging Face folder (safetensors). A collective."""
+        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
+        if self.world.is_main:
+            export_weights(self.config, weights, folder, tokenizer)
+        self.world.barrier()
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings for a run. Micro-batches vary in number, so `step()` is the accumulation boundary."""
+    zero: dict[str, Any] = {"stage": config.learner.zero_stage, "overlap_comm": config.learner.zero_stage == 2}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.learner.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
+    if config.model.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True}
+        # RoPE frequencies rounded to bfloat16 shift logprobs more with every position.
+        settings["data_types"] = {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def export_weights(config: Config, weights: dict[str, Tensor], folder: Path, tokenizer: Any) -> None:
+    """Save a state dict as a Hugging Face folder that transformers and vLLM load."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from tcopd_fast.models import resolve_path
+
+    path = resolve_path(config.model.path)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=DTYPES[config.model.dtype],
+        use_safetensors=True,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied - {name for name, _ in model.named_buffers()}:
+        raise RuntimeError(f"export: weights do not fit {path}: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    if model.generation_config is None:
+        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _sharded_loading(settings: dict[str, Any], stage: int) -> Any:
+    """Under ZeRO-3 transformers loads straight into shards while an HfDeepSpeedConfig is alive."""
+    if stage < 3:
+        return nullcontext()
+    return _HfZero3(settings)
+
+
+class _HfZero3:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def __enter__(self) -> None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.handle = HfDeepSpeedConfig(self.settings)
+
+    def __exit__(self, *error: object) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()

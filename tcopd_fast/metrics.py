@@ -1,0 +1,209 @@
+"""The numbers of one step, reduced over ranks. Names follow the stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcopd_fast.config import Config
+from tcopd_fast.dist import World
+from tcopd_fast.learner import UpdateResult
+from tcopd_fast.reward import normalizer_count
+from tcopd_fast.types import Batch, RewardedRollout
+
+# Log-ratios kept per rank for percentiles; means are exact.
+QUANTILE_TOKENS = 16384
+
+
+def step_metrics(
+    config: Config,
+    world: World,
+    domains: Sequence[str],
+    rewarded: Sequence[RewardedRollout],
+    minibatches: Sequence[Sequence[Batch]],
+    update: UpdateResult,
+) -> dict[str, float]:
+    """Every metric of a step but times and memory. A collective; equal on every rank.
+
+    `rewarded` and `update.old_logprobs` are this rank's, in the same order.
+    """
+    metrics: dict[str, float] = {}
+    metrics |= _rollout_metrics(world, rewarded)
+    for name in config.teachers:
+        metrics |= _teacher_metrics(config, world, domains, name, rewarded, update.old_logprobs)
+    metrics |= _reward_metrics(config, world, rewarded, update.old_logprobs)
+    counts = world.sum({"tokens": float(sum(len(r.reward) for r in rewarded))})
+    metrics["batch/tokens"] = counts["tokens"]
+    metrics["batch/microbatches"] = float(sum(len(batches) for batches in minibatches))
+    metrics |= _loss_metrics(world, update)
+    metrics["learner/grad_norm"] = update.grad_norm
+    metrics["learner/lr"] = update.lr
+    metrics["learner/skipped_steps"] = float(update.skipped)
+    return metrics
+
+
+def token_samples(
+    config: Config, step: int, rewarded: Sequence[RewardedRollout], old: Sequence[Tensor], decode: Any, count: int
+) -> list[dict[str, Any]]:
+    """Records of the first `count` responses for the report: every token with its parts of the advantage."""
+    records = []
+    for item, old_logprob in list(zip(rewarded, old, strict=True))[:count]:
+        rollout = item.scored.rollout
+        teachers = {}
+        for name, value in item.lambdas.items():
+            if value:
+                ratio = log_ratio(item, name)
+                teachers[name] = {
+                    "lambda": value,
+                    "logratio": ratio,
+                    "contribution": _clamped(config, ratio) * value / normalizer_count(config, item.lambdas),
+                }
+        records.append(
+            {
+                "step": step,
+                "prompt_id": rollout.prompt.id,
+                "domain": rollout.prompt.domain,
+                "problem": rollout.prompt.problem,
+                "correct": item.correct,
+                "tokens": [decode([token]) for token in rollout.token_ids],
+                "old_logprob": old_logprob,
+                "advantage": advantage_of(config, item, old_logprob),
+                "reward": item.reward,
+                "teachers": teachers,
+            }
+        )
+    return records
+
+
+def advantage_of(config: Config, item: RewardedRollout, old_logprob: Tensor) -> Tensor:
+    """A = r − (log π_old − log π_ref), clamped as configured: float32 [L]."""
+    advantage = item.reward - (old_logprob - item.ref_logprob)
+    clamp = config.objective.advantage_clamp
+    return advantage if clamp is None else advantage.clamp(-clamp, clamp)
+
+
+def log_ratio(item: RewardedRollout, teacher: str) -> Tensor:
+    """log π_k − log π_ref of one teacher, with its own base where it has one: float32 [L], before clamping."""
+    base = item.scored.teacher_ref_logprobs.get(teacher, item.ref_logprob)
+    return item.scored.teacher_logprobs[teacher] - base
+
+
+def _clamped(config: Config, ratio: Tensor) -> Tensor:
+    clamp = config.objective.logratio_clamp
+    return ratio if clamp is None else ratio.clamp(-clamp, clamp)
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else float("nan")
+
+
+def _rollout_metrics(world: World, rewarded: Sequence[RewardedRollout]) -> dict[str, float]:
+    rollouts = [item.scored.rollout for item in rewarded]
+    judged = [item.correct for item in rewarded if item.correct is not None]
+    sums = world.sum(
+        {
+            "count": float(len(rollouts)),
+            "length": float(sum(len(r.token_ids) for r in rollouts)),
+            "truncated": float(sum(r.finish_reason == "length" for r in rollouts)),
+            "correct": float(sum(judged)),
+            "judged": float(len(judged)),
+        }
+    )
+    metrics = {
+        "rollout/response_length_mean": _mean(sums["length"], sums["count"]),
+        "rollout/truncated_share": _mean(sums["truncated"], sums["count"]),
+        "rollout/version": float(rollouts[0].version) if rollouts else float("nan"),
+    }
+    if sums["judged"]:
+        metrics["rollout/accuracy"] = _mean(sums["correct"], sums["judged"])
+    return metrics
+
+
+def _teacher_metrics(
+    config: Config,
+    world: World,
+    domains: Sequence[str],
+    name: str,
+    rewarded: Sequence[RewardedRollout],
+    old: Sequence[Tensor],
+) -> dict[str, float]:
+    sums = {key: 0.0 for key in ("count", "ratio", "agree", "clamped")}
+    sums |= {f"{part}/{domain}": 0.0 for domain in domains for part in ("kl", "tokens")}
+    ratios: list[Tensor] = []
+    clamp = config.objective.logratio_clamp
+    for item, old_logprob in zip(rewarded, old, strict=True):
+        value = item.lambdas[name]
+        if not value:
+            continue
+        domain = item.scored.rollout.prompt.domain
+        sums[f"kl/{domain}"] += float((old_logprob - item.scored.teacher_logprobs[name]).sum())
+        sums[f"tokens/{domain}"] += len(old_logprob)
+        if item.scored.ref_logprob is None:
+            continue
+        ratio = log_ratio(item, name)
+        ratios.append(ratio)
+        sums["count"] += len(ratio)
+        sums["ratio"] += float(ratio.sum())
+        signs = torch.sign(value * ratio) == torch.sign(advantage_of(config, item, old_logprob))
+        sums["agree"] += float(signs.sum())
+        sums["clamped"] += float((ratio.abs() > clamp).sum()) if clamp is not None else 0.0
+    sums = world.sum(sums)
+    local = torch.cat(ratios) if ratios else torch.zeros(0)
+    kept = torch.cat(world.gather(local[:: max(1, math.ceil(len(local) / QUANTILE_TOKENS))]))
+    metrics = {
+        f"scoring/{name}/reverse_kl/{domain}": _mean(sums[f"kl/{domain}"], sums[f"tokens/{domain}"])
+        for domain in domains
+        if sums[f"tokens/{domain}"]
+    }
+    if sums["count"]:
+        low, high = torch.quantile(kept[:: max(1, math.ceil(len(kept) / 1_000_000))], torch.tensor([0.05, 0.95]))
+        metrics |= {
+            f"scoring/{name}/logratio_mean": sums["ratio"] / sums["count"],
+            f"scoring/{name}/logratio_p5": float(low),
+            f"scoring/{name}/logratio_p95": float(high),
+            f"reward/{name}/sign_agreement": sums["agree"] / sums["count"],
+            f"reward/{name}/clamp_fraction": sums["clamped"] / sums["count"],
+        }
+    return metrics
+
+
+def _reward_metrics(
+    config: Config, world: World, rewarded: Sequence[RewardedRollout], old: Sequence[Tensor]
+) -> dict[str, float]:
+    clamp = config.objective.advantage_clamp
+    sums = {key: 0.0 for key in ("count", "reward", "advantage", "square", "clamped")}
+    for item, old_logprob in zip(rewarded, old, strict=True):
+        advantage = advantage_of(config, item, old_logprob).double()
+        sums["count"] += len(advantage)
+        sums["reward"] += float(item.reward.double().sum())
+        sums["advantage"] += float(advantage.sum())
+        sums["square"] += float(advantage.square().sum())
+        sums["clamped"] += float((advantage.abs() >= clamp).sum()) if clamp is not None else 0.0
+    sums = world.sum(sums)
+    mean = _mean(sums["advantage"], sums["count"])
+    return {
+        "reward/mean": _mean(sums["reward"], sums["count"]),
+        "reward/advantage_mean": mean,
+        "reward/advantage_std": math.sqrt(max(0.0, _mean(sums["square"], sums["count"]) - mean * mean)),
+        "reward/clamp_fraction": _mean(sums["clamped"], sums["count"]),
+    }
+
+
+def _loss_metrics(world: World, update: UpdateResult) -> dict[str, float]:
+    sums: Mapping[str, float] = world.sum(update.sums)
+    count = sums["token_count"]
+    square = sums["ratio_sq_sum"]
+    return {
+        "loss/value": sums["loss"],
+        "loss/entropy": _mean(sums["entropy_sum"], count),
+        "loss/ratio_mean": _mean(sums["ratio_sum"], count),
+        "loss/ratio_max": world.max({"ratio_max": update.ratio_max})["ratio_max"],
+        "loss/clip_fraction": _mean(sums["clipped_count"] + sums["dual_clipped_count"], count),
+        "loss/effective_sample_size": _mean(sums["ratio_sum"] ** 2, count * square) if square else float("nan"),
+        "loss/mismatch_weight_mean": _mean(sums["is_weight_sum"], count),
+        "loss/mismatch_capped_fraction": _mean(sums["is_capped_count"], count),
+    }

@@ -1,0 +1,204 @@
+"""Loading checkpoints, checking that they fit together, and running them on packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tcopd_kernels import TokenLogprobs, linear_logprob
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from tcopd_fast import miniature
+from tcopd_fast.config import Config
+from tcopd_fast.errors import UserError
+from tcopd_fast.packing import PACKED_SDPA
+from tcopd_fast.types import PackedTokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROBE_TEXT = "Let $x_1=-3.5$; then \\boxed{12} + 47*8 = 388?\n def f(n): return n  # π ≈ 3.14"
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: weight [V, D], bias [V] or None, softcap or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+
+class PackedCausalLM(nn.Module):
+    """A causal LM whose logits are never materialised: packed tokens in, response logprobs out.
+
+    vocab_size: only this many leading rows of the head count (None: all), so that models whose vocabularies
+    are padded differently share one event space.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self.softcap = getattr(_text_config(model.config), "final_logit_softcapping", None)
+
+    def head(self) -> Head:
+        """The output head. Read it inside a forward: under ZeRO-3 the weight is whole only there."""
+        linear = self.model.get_output_embeddings()
+        return Head(linear.weight, getattr(linear, "bias", None), self.softcap)
+
+    def hidden(self, tokens: PackedTokens) -> Tensor:
+        """Final hidden states at the predicting positions, [N, D]."""
+        hidden_1TD = self.model.get_decoder()(
+            input_ids=tokens.input_ids[None],
+            position_ids=tokens.position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=tokens.cu_seqlens,
+            cu_seq_lens_k=tokens.cu_seqlens,
+            max_length_q=tokens.max_seqlen,
+            max_length_k=tokens.max_seqlen,
+        ).last_hidden_state
+        return hidden_1TD[0].index_select(0, tokens.predict_at)
+
+    def logprobs(self, tokens: PackedTokens, *, temperature: float, entropy: bool = False) -> TokenLogprobs:
+        """Logprob (and entropy, in nats) of every response token at `temperature`, float32 [N]."""
+        hidden_ND = self.hidden(tokens)
+        head = self.head()
+        return linear_logprob(
+            hidden_ND,
+            head.weight,
+            tokens.targets,
+            bias=head.bias,
+            temperature=temperature,
+            softcap=head.softcap,
+            entropy=entropy,
+            vocab_size=self.vocab_size,
+        )
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run `function(self, …)` as this module's forward, so that DeepSpeed's hooks see head and trunk alike."""
+        return function(self, *args, **kwargs)
+
+
+def resolve_path(path: str) -> str:
+    """A model path as transformers takes it; `miniature:NAME` becomes the shipped folder."""
+    if path.startswith("miniature:"):
+        return str(miniature.asset(path.removeprefix("miniature:")))
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"model path {path}: no such folder; give a folder with config.json and safetensors, or a hub id")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; UserError naming the path when it has none or cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer of {path}: cannot be loaded ({_first_line(error)}); check the path or download it first") from error
+
+
+def load_model_config(path: str, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's config.json; refuses heads whose logits are more than softcap(linear)."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}); check the path or download it first") from error
+    text = _text_config(config)
+    for key in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
+        if getattr(text, key, 1.0) not in (1.0, None):
+            raise UserError(f"model {path}: config.{key}={getattr(text, key)} scales the logits, which is not supported")
+    return config
+
+
+def load_causal_lm(
+    path: str, *, dtype: str, attention: str, vocab_size: int | None, trust_remote_code: bool = False
+) -> PackedCausalLM:
+    """Load a checkpoint (safetensors only) ready for packed sequences."""
+    load_model_config(path, trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_path(path),
+            dtype=DTYPES[dtype],
+            attn_implementation=PACKED_SDPA if attention == "sdpa" else attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)})") from error
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        raise UserError(f"model {path}: the output head is {type(model.get_output_embeddings()).__name__}; only nn.Linear is supported")
+    return PackedCausalLM(model, vocab_size)
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """What was learnt from the configs and tokenizers before any weight was loaded.
+
+    vocab_size: rows of the head that every model has, or None when all have the same number.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int | None
+    max_position_embeddings: int
+
+
+def check_models(config: Config) -> ModelSet:
+    """Load every tokenizer and config.json and refuse models that cannot score the student's tokens.
+
+    Raises UserError naming the model and the first difference: token ids, encoding of a probe text, or EOS.
+    Differently padded vocabularies are fine as long as every tokenizer id has a row.
+    """
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.model.path, trust)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path {config.model.path}: its tokenizer has no eos_token, so a response could never end")
+    student = load_model_config(config.model.path, trust)
+    rows = {"model.path": _text_config(student).vocab_size}
+    for field, path in frozen_paths(config):
+        rows[field] = _text_config(load_model_config(path, trust)).vocab_size
+        _check_tokenizer(field, path, tokenizer, load_tokenizer(path, trust))
+    for field, size in rows.items():
+        if size < len(tokenizer):
+            raise UserError(f"{field}: vocabulary has {size} rows but the student's tokenizer uses {len(tokenizer)} ids")
+    smallest = min(rows.values())
+    vocab_size = None if smallest == max(rows.values()) else smallest
+    return ModelSet(tokenizer, vocab_size, getattr(_text_config(student), "max_position_embeddings", 1 << 30))
+
+
+def frozen_paths(config: Config) -> Iterable[tuple[str, str]]:
+    """(config key, path) of the reference, every teacher and every teacher's base."""
+    if config.reference is not None:
+        yield "reference.path", config.reference.path
+    for name, teacher in config.teachers.items():
+        yield f"teachers.{name}.path", teacher.path
+        if teacher.base is not None:
+            yield f"teachers.{name}.base", teacher.base
+
+
+def _check_tokenizer(
+    field: str, path: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> None:
+    remedy = "use a teacher that shares the student's tokenizer"
+    mine, theirs = student.get_vocab(), other.get_vocab()
+    if mine != theirs:
+        token = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
+        raise UserError(
+            f"{field} {path}: token {token!r} has id {theirs.get(token)} there and {mine.get(token)} in the student; {remedy}"
+        )
+    if student(PROBE_TEXT)["input_ids"] != other(PROBE_TEXT)["input_ids"]:
+        raise UserError(f"{field} {path}: its tokenizer splits text differently from the student's; {remedy}")
+    if student.eos_token_id != other.eos_token_id:
+        raise UserError(
+            f"{field} {path}: eos is {other.eos_token!r} there and {student.eos_token!r} in the student; "
+            "set the same eos_token in both tokenizers"
+        )
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

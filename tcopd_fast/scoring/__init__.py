@@ -1,0 +1,118 @@
+"""Stage 3, scoring: the logprob of every sampled token under reference and teachers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tcopd_fast.config import Config, FrozenModelConfig
+from tcopd_fast.models import ModelSet, PackedCausalLM, load_causal_lm, resolve_path
+from tcopd_fast.packing import pack, split_by_tokens
+from tcopd_fast.reward import reference_cancels
+from tcopd_fast.types import Rollout, ScoredRollout
+
+REFERENCE = "reference"
+
+
+class Scorer:
+    """Frozen models, each distinct checkpoint loaded once, run only on the samples that need them.
+
+    roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`.
+    """
+
+    def __init__(self, config: Config, models: ModelSet, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.roles: dict[str, str] = {}
+        self.models: dict[str, PackedCausalLM] = {}
+        wanted = {REFERENCE: config.reference or FrozenModelConfig(path=config.model.path), **config.teachers}
+        for name, teacher in config.teachers.items():
+            if teacher.base is not None:
+                wanted[f"{name}.base"] = FrozenModelConfig(path=teacher.base, dtype=teacher.dtype)
+        for role, spec in wanted.items():
+            if role in config.teachers and not self._ever_active(role):
+                continue
+            dtype = spec.dtype or config.model.dtype
+            key = checkpoint_identity(spec.path, dtype)
+            self.roles[role] = key
+            if key not in self.models:
+                lm = load_causal_lm(
+                    spec.path,
+                    dtype=dtype,
+                    attention=config.model.attention,
+                    vocab_size=models.vocab_size,
+                    trust_remote_code=config.model.trust_remote_code,
+                )
+                self.models[key] = lm.to(device).eval().requires_grad_(False)
+
+    def _ever_active(self, teacher: str) -> bool:
+        return any(table.get(teacher, 0.0) for table in self.config.lambda_tables().values())
+
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        lambdas: Sequence[Mapping[str, float]],
+        old_logprobs: Sequence[Tensor] | None = None,
+    ) -> list[ScoredRollout]:
+        """Score rollouts at the sampling temperature; a teacher sees only samples where its λ is not 0.
+
+        lambdas: teacher -> λ, one table per rollout. old_logprobs: the learner's own, passed through.
+        """
+        needs: dict[str, set[int]] = {key: set() for key in self.models}
+        roles_of = [self._roles_for(table) for table in lambdas]
+        for i, roles in enumerate(roles_of):
+            for role in roles:
+                needs[self.roles[role]].add(i)
+        scores = {key: self.logprobs(key, rollouts, sorted(indices)) for key, indices in needs.items() if indices}
+
+        def of(role: str, i: int) -> Tensor:
+            return scores[self.roles[role]][i]
+
+        return [
+            ScoredRollout(
+                rollout=rollout,
+                ref_logprob=of(REFERENCE, i) if REFERENCE in roles_of[i] else None,
+                teacher_logprobs={name: of(name, i) for name in self.config.teachers if name in roles_of[i]},
+                teacher_ref_logprobs={
+                    name: of(f"{name}.base", i) for name in self.config.teachers if f"{name}.base" in roles_of[i]
+                },
+                old_logprob=None if old_logprobs is None else old_logprobs[i],
+            )
+            for i, rollout in enumerate(rollouts)
+        ]
+
+    def _roles_for(self, lambdas: Mapping[str, float]) -> list[str]:
+        active = [name for name, value in lambdas.items() if value]
+        bases = [f"{name}.base" for name in active if f"{name}.base" in self.roles]
+        reference = [] if reference_cancels(self.config, lambdas) else [REFERENCE]
+        return reference + active + bases
+
+    @torch.inference_mode()
+    def logprobs(
+        self, key: str, rollouts: Sequence[Rollout], indices: Sequence[int], temperature: float | None = None
+    ) -> dict[int, Tensor]:
+        """Rollout index -> float32 [L] on the CPU, under one model, packed within the token budget."""
+        temperature = temperature or self.config.rollout.temperature
+        lengths = [len(rollouts[i].prompt.token_ids) + len(rollouts[i].token_ids) - 1 for i in indices]
+        out: dict[int, Tensor] = {}
+        for group in split_by_tokens(lengths, self.config.scoring.max_tokens_per_forward):
+            chosen = [indices[g] for g in group]
+            tokens = pack([rollouts[i].prompt.token_ids for i in chosen], [rollouts[i].token_ids for i in chosen])
+            logprob_N = self.models[key].logprobs(tokens.to(self.device), temperature=temperature).logprob.cpu()
+            parts = logprob_N.split([len(rollouts[i].token_ids) for i in chosen])
+            out.update((i, part.clone()) for i, part in zip(chosen, parts, strict=True))
+        return out
+
+
+def checkpoint_identity(path: str, dtype: str) -> str:
+    """A key equal for checkpoints whose weight files are the same files, through links and hub caches alike."""
+    resolved = resolve_path(path)
+    folder = Path(resolved)
+    if not folder.is_dir():
+        return f"{resolved}@{dtype}"
+    files = sorted(os.path.realpath(file) for file in folder.glob("*.safetensors"))
+    return "|".join(files) + f"@{dtype}"

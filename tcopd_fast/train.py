@@ -1,0 +1,65 @@
+"""Entry point of one rank: `deepspeed --num_gpus 8 --module tcopd_fast.train --config FILE [key=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from tcopd_fast.config_io import config_help, dump_config, load_config
+from tcopd_fast.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments shared by `tcopd train` and this module."""
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, for example learner.lr=1e-5")
+
+
+def resolve(arguments: argparse.Namespace):
+    """The configuration that the arguments ask for. Raises UserError."""
+    from tcopd_fast import rundir
+
+    if arguments.resume:
+        if arguments.config:
+            raise UserError("--resume takes its configuration from the run; leave out --config")
+        config = rundir.open_run(arguments.resume)
+        return load_config(f"{arguments.resume}/config.yaml", [f"run_dir={config.run_dir}", *arguments.overrides])
+    if not arguments.config:
+        raise UserError("--config FILE is required (or --resume RUN); see configs/ for examples")
+    return load_config(arguments.config, arguments.overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, train; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="tcopd_fast.train",
+        description=__doc__,
+        epilog=config_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    # The deepspeed launcher adds --local_rank unless told not to; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    try:
+        config = resolve(arguments)
+        if arguments.print_config:
+            print(dump_config(config), end="")
+            return 0
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from tcopd_fast.trainer import train
+
+        train(config, resume=bool(arguments.resume))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""The loop: data → rollout → scoring → reward → batch → loss → learner → weight_sync.
+
+`train` is the whole of it; everything else here prepares or reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcopd_fast import evaluate, rundir
+from tcopd_fast.batch import build_minibatches, shard
+from tcopd_fast.config import Config
+from tcopd_fast.data import batch_for_step, load_prompts
+from tcopd_fast.dist import World, init_world
+from tcopd_fast.errors import UserError
+from tcopd_fast.learner import Learner
+from tcopd_fast.metrics import step_metrics, token_samples
+from tcopd_fast.models import ModelSet, check_models
+from tcopd_fast.monitor import MetricsLog, Progress, StageClock
+from tcopd_fast.reward import compute_reward, lambdas_at
+from tcopd_fast.rollout import RolloutEngine
+from tcopd_fast.scoring import REFERENCE, Scorer
+from tcopd_fast.types import Prompt, Rollout
+from tcopd_fast.verify import Judge
+from tcopd_fast.weight_sync import sync_weights
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A named set of held-out problems."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read and checked before any weight was loaded.
+
+    domains: every domain of the training prompts, sorted.
+    """
+
+    models: ModelSet
+    prompts: tuple[Prompt, ...]
+    dropped_overlong: int
+    domains: tuple[str, ...]
+    eval_sets: tuple[EvalSet, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The long-lived pieces of a run."""
+
+    world: World
+    learner: Learner
+    engine: RolloutEngine
+    scorer: Scorer
+    judge: Judge
+    clock: StageClock
+    log: MetricsLog
+    progress: Progress
+
+
+def read_inputs(config: Config, world_size: int = 1) -> Inputs:
+    """Read configs, tokenizers and prompts and refuse whatever could not work. Raises UserError."""
+    if config.rollout.prompts_per_step < world_size:
+        raise UserError(
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: fewer than the {world_size} ranks; raise it"
+        )
+    models = check_models(config)
+    prompts = load_prompts(config.data.train, models.tokenizer, config.data)
+    domains = tuple(sorted({prompt.domain for prompt in prompts.prompts}))
+    tables = config.lambda_tables()
+    if None not in tables and set(domains) - set(tables):
+        unknown = sorted(set(domains) - set(tables))[0]
+        raise UserError(
+            f"objective.lambdas: training prompts have the domain {unknown!r} but the table only has "
+            f"{', '.join(map(str, tables))}; add it or set data.train[].domain"
+        )
+    sets = []
+    for source in config.eval.data:
+        loaded = load_prompts([source], models.tokenizer, config.data).prompts
+        name = source.path.removeprefix("miniature:").rstrip("/").split("/")[-1].split(".")[0]
+        sets.append(EvalSet(name, loaded))
+    if len({s.name for s in sets}) != len(sets):
+        raise UserError("eval.data: two sets have the same file name; evaluation sets are told apart by it")
+    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    if longest > models.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: the student holds "
+            f"{models.max_position_embeddings} positions; lower one of them"
+        )
+    return Inputs(models, prompts.prompts, prompts.dropped_overlong, domains, tuple(sets))
+
+
+def train(config: Config, resume: bool = False) -> None:
+    """Run or continue a training run. Every rank calls it."""
+    world = init_world()
+    inputs = read_inputs(config, world.size)
+    start = rundir.latest_checkpoint(config, world) if resume else 0
+    if world.is_main and not resume:
+        rundir.create(config)
+    world.barrier()
+    with _assemble(config, inputs, world, start, resume) as run:
+        parts = run.parts
+        if start == 0 and config.eval.at_start:
+            evaluate_now(config, inputs, parts, step=0)
+        for step in range(start, config.steps):
+            clock = parts.clock
+            with clock.stage("data"):
+                prompts = shard(prompts_of_step(config, inputs, step), world)
+                lambdas = [
+                    lambdas_at(config, p.domain, step) for p in prompts for _ in range(config.rollout.samples_per_prompt)
+                ]
+            with clock.stage("rollout"):
+                rollouts = generate(config, parts, prompts, seed=sampling_seed(config.seed, step))
+            with clock.stage("scoring"):
+                old = parts.learner.logprobs(rollouts) if needs_old_logprobs(config) else None
+                scored = parts.scorer.score(rollouts, lambdas, old)
+            with clock.stage("reward"):
+                correct = judge_all(parts.judge, rollouts)
+                rewarded = compute_reward(config, scored, lambdas, correct, mean_verdict(world, correct))
+            with clock.stage("batch"):
+                minibatches = build_minibatches(rewarded, config, world)
+            update = parts.learner.update(minibatches, len(rollouts), clock)  # stages loss and learner
+            with clock.stage("weight_sync"):
+                version = sync_weights(parts.learner, parts.engine, step + 1)
+            if step == 0:
+                run.self_check(scored, update)
+            metrics = step_metrics(config, world, inputs.domains, rewarded, minibatches, update)
+            metrics |= {"data/dropped_overlong": inputs.dropped_overlong, "weight_sync/version": version}
+            decode = inputs.models.tokenizer.decode
+            samples = token_samples(
+                config, step + 1, rewarded, update.old_logprobs, decode, config.logging.token_samples
+            )
+            run.report_step(step + 1, metrics, samples)
+            run.finish_step(step + 1)
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """False when the single optimizer step of a batch is strictly on-policy: its own forward gives log π_old."""
+    return config.learner.minibatches * config.learner.epochs > 1
+
+
+def sampling_seed(seed: int, step: int) -> int:
+    """Seed of one step's sampling: a function of run seed and step, so that a resumed run samples alike."""
+    return (seed * 1_000_003 + step) & 0x7FFFFFFF
+
+
+def prompts_of_step(config: Config, inputs: Inputs, step: int) -> list[Prompt]:
+    """The step's prompts over all ranks; a prompt met twice in one step gets its own id, hence its own samples."""
+    chosen = batch_for_step(
+        inputs.prompts, step, config.rollout.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+    )
+    seen: dict[str, int] = {}
+    out = []
+    for prompt in chosen:
+        seen[prompt.id] = seen.get(prompt.id, 0) + 1
+        out.append(prompt if seen[prompt.id] == 1 else replace(prompt, id=f"{prompt.id}@{seen[prompt.id]}"))
+    return out
+
+
+def generate(config: Config, parts: Parts, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+    """Sample this rank's responses, showing how many are done."""
+    total = len(prompts) * config.rollout.samples_per_prompt
+    done = 0
+
+    def count(_: Rollout) -> None:
+        nonlocal done
+        done += 1
+        parts.progress.phase("rollout", done, total)
+
+    return parts.engine.generate(
+        prompts,
+        samples=config.rollout.samples_per_prompt,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        seed=seed,
+        on_finished=count,
+    )
+
+
+def judge_all(judge: Judge, rollouts: Sequence[Rollout]) -> list[bool | None]:
+    """The judge's verdict per rollout; None where the prompt has no reference answer."""
+    judged = [(i, r.text, r.prompt.answer) for i, r in enumerate(rollouts) if r.prompt.answer is not None]
+    verdicts: list[bool | None] = [None] * len(rollouts)
+    for (i, _, _), verdict in zip(judged, judge.many([(text, answer) for _, text, answer in judged]), strict=True):
+        verdicts[i] = verdict
+    return verdicts
+
+
+def mean_verdict(world: World, correct: Sequence[bool | None]) -> float:
+    """Share of correct answers among the judged ones of all ranks (0 when none is judged)."""
+    judged = [c for c in correct if c is not None]
+    sums = world.sum({"correct": float(sum(judged)), "judged": float(len(judged))})
+    return sums["correct"] / sums["judged"] if sums["judged"] else 0.0
+
+
+def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> None:
+    """Evaluate every held-out set with the current student; records and samples are written by rank 0."""
+    world = parts.world
+    for eval_set in inputs.eval_sets:
+        parts.progress.phase(f"evaluating {eval_set.name}")
+        local = evaluate.evaluate(
+            parts.engine,
+            shard(eval_set.prompts, world),
+            parts.judge,
+            samples=config.eval.samples,
+            temperature=config.eval.temperature,
+            max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+            seed=sampling_seed(config.seed, -1),
+        )
+        kl = reverse_kl(config, parts, local.rollouts)
+        merged = evaluate.merge(world.gather(local))
+        record = {
+            "step": step,
+            "set": eval_set.name,
+            "domain": eval_set.prompts[0].domain,
+            "temperature": config.eval.temperature,
+            **merged.summary(),
+            "reverse_kl": kl,
+        }
+        if world.is_main:
+            evaluate.write_samples(merged, Path(config.run_dir) / "eval" / f"step_{step:06d}_{eval_set.name}.parquet")
+            parts.log.log_eval(record)
+            parts.progress.evaluation(record)
+
+
+def reverse_kl(config: Config, parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Monte-Carlo KL(student ‖ teacher) per sampled token, in nats, for every loaded teacher.
+
+    Taken at the evaluation temperature with the sampler's logprobs; empty for greedy evaluation, where samples
+    do not follow the student's distribution.
+    """
+    if config.eval.temperature == 0:
+        return {}
+    out = {}
+    for role, key in parts.scorer.roles.items():
+        if role.endswith(".base") and role.removesuffix(".base") in config.teachers:
+            continue
+        scores = parts.scorer.logprobs(key, rollouts, range(len(rollouts)), config.eval.temperature)
+        sums = parts.world.sum(
+            {
+                "kl": float(sum((r.logprobs - scores[i]).double().sum() for i, r in enumerate(rollouts))),
+                "tokens": float(sum(len(r.token_ids) for r in rollouts)),
+            }
+        )
+        out[role] = sums["kl"] / sums["tokens"]
+    return out
+
+
+class _Run:
+    """Owner of a run's parts: builds them in the order that works, reports, checkpoints, closes them."""
+
+    def __init__(self, config: Config, inputs: Inputs, parts: Parts) -> None:
+        self.config = config
+        self.inputs = inputs
+        self.parts = parts
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.parts.progress.close()
+        self.parts.log.close()
+        self.parts.judge.close()
+        self.parts.engine.close()
+
+    def report_step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Log one step; times and memory are the slowest and largest over the ranks."""
+        metrics |= self.parts.world.max(self.parts.clock.collect())
+        self.parts.log.log_tokens(samples)
+        self.parts.log.log(step, metrics)
+        self.parts.progress.step(step, metrics)
+
+    def finish_step(self, step: int) -> None:
+        """Evaluate and save when it is time to."""
+        last = step == self.config.steps
+        every = self.config.eval.every
+        if last or (every and step % every == 0):
+            evaluate_now(self.config, self.inputs, self.parts, step)
+        every = self.config.checkpoint.every
+        if last or (every and step % every == 0):
+            rundir.save_checkpoint(self.config, self.parts.world, step, self.parts.learner.save)
+
+    def self_check(self, scored: Sequence[Any], update: Any) -> None:
+        """Compare the learner's first logprobs with the same weights as a frozen model. Raises UserError."""
+        scorer = self.parts.scorer
+        if self.config.reference is not None:
+            return
+        difference = max(
+            (
+                float((item.ref_logprob - old).abs().max())
+                for item, old in zip(scored, update.old_logprobs, strict=True)
+                if item.ref_logprob is not None
+            ),
+            default=0.0,
+        )
+        worst = self.parts.world.max({"difference": difference})["difference"]
+        self.parts.progress.message(
+            f"self-check: learner and frozen copy of the student differ by at most {worst:.2e} nats per token"
+        )
+        if worst > self.config.scoring.self_check_tolerance:
+            raise UserError(
+                f"scoring.self_check_tolerance={self.config.scoring.self_check_tolerance}: the student scored by "
+                f"{scorer.roles[REFERENCE]} differs from the learner by {worst:.3f} nats; check dtype and attention settings"
+            )
+
+
+def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: bool) -> _Run:
+    torch.manual_seed(config.seed)
+    learner = Learner(config, inputs.models, world)
+    engine = build_engine(config, inputs.models, world)
+    # An engine may reseed the global generator while it starts.
+    torch.manual_seed(config.seed)
+    scorer = Scorer(config, inputs.models, world.device)
+    if start:
+        learner.load(rundir.checkpoint_dir(config.run_dir, start))
+        sync_weights(learner, engine, start)
+    parts = Parts(
+        world=world,
+        learner=learner,
+        engine=engine,
+        scorer=scorer,
+        judge=Judge(workers=config.judge.workers, timeout_s=config.judge.timeout_s),
+        clock=StageClock(world.device),
+        log=MetricsLog(
+            Path(config.run_dir),
+            config.logging,
+            start if resume else None,
+            enabled=world.is_main,
+            run_config=config.model_dump(mode="json"),
+        ),
+        progress=Progress(config.steps, start, enabled=world.is_main),
+    )
+    return _Run(config, inputs, parts)
+
+
+def build_engine(config: Config, models: ModelSet, world: World) -> RolloutEngine:
+    """The configured rollout engine, holding the student's starting weights."""
+    if config.rollout.engine == "vllm":
+        from tcopd_fast.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            config.model.path,
+            models.tokenizer,
+            config=config.rollout,
+            dtype=config.model.dtype,
+            max_model_len=config.data.max_prompt_tokens
+            + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0),
+            seed=config.seed + world.rank,
+            device=world.device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    from tcopd_fast.rollout.hf import HfEngine
+
+    return HfEngine(
+        config.model.path,
+        models.tokenizer,
+        dtype=config.model.dtype,
+        max_batch_size=config.rollout.max_batch_size,
+        vocab_size=models.vocab_size,
+        device=world.device,
+        trust_remote_code=config.model.trust_remote_code,
+    )

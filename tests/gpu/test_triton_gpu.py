@@ -1,0 +1,186 @@
+"""The compiled Triton kernels on a GPU: bf16, fp16 and fp32, ragged shapes, both load paths, large offsets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tcopd_kernels import linear_logprob, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPES_NVD = [(1, 5, 8), (13, 1000, 96), (64, 4099, 72), (200, 50257, 768), (515, 32003, 136), (333, 2048, 101)]
+OPTIONS: dict[str, dict] = {
+    "plain": {},
+    "all": {"bias": True, "temperature": 0.7, "softcap": 10.0, "entropy": True},
+    "entropy": {"entropy": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+
+
+def make_inputs(N, V, D, dtype, bias=False):
+    gen = torch.Generator("cuda").manual_seed(N + V + D)
+    hidden = torch.randn(N, D, generator=gen, device="cuda").to(dtype)
+    weight = (torch.randn(V, D, generator=gen, device="cuda") * 2 / D**0.5).to(dtype)
+    targets = torch.randint(0, V, (N,), generator=gen, device="cuda")
+    return hidden, weight, targets, torch.randn(V, generator=gen, device="cuda").to(dtype) if bias else None
+
+
+def outputs_and_grads(function, hidden, weight, targets, bias, **options):
+    """Outputs, and the gradients of a fixed random weighting of them, by name."""
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+    out = function(leaves["hidden"], leaves["weight"], targets, bias=leaves.get("bias"), **options)
+    outputs = {name: value for name, value in out._asdict().items() if value is not None}
+    gen = torch.Generator("cuda").manual_seed(1)
+    upstream = [torch.randn(len(targets), generator=gen, device="cuda") for _ in outputs]
+    loss = sum((value * grad).sum() for value, grad in zip(outputs.values(), upstream, strict=True))
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {name: value.detach() for name, value in outputs.items()} | {
+        f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
+
+
+def run_triton(*inputs, **options):
+    return outputs_and_grads(lambda *a, **k: linear_logprob(*a, backend="triton", **k), *inputs, **options)
+
+
+def run_wide(hidden, weight, targets, bias, **options):
+    wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
+    return outputs_and_grads(reference.linear_logprob, wide[0], wide[1], targets, wide[2], **options)
+
+
+def relative_error(found, exact):
+    return ((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_accurate(found, exact, dtype):
+    """Outputs to fp32 accuracy; gradients to twice the rounding of the input dtype."""
+    grad_limit = {torch.float32: 5e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+    for name, value in exact.items():
+        limit = grad_limit if name.startswith("grad_") else 5e-6
+        error = relative_error(found[name], value)
+        assert error <= limit, f"{name}: relative error {error:.3g}, limit {limit:.3g}"  # false for NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES_NVD, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_matches_float64(shape, options, dtype):
+    options = dict(options)
+    inputs = make_inputs(*shape, dtype, bias=options.pop("bias", False))
+    assert_accurate(run_triton(*inputs, **options), run_wide(*inputs, **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_unaligned_base_and_strided_rows(dtype):
+    """A base one element off a 16-byte boundary takes the pointer path; a padded row stride keeps TMA."""
+    hidden, weight, targets, _ = make_inputs(200, 3001, 128, dtype)
+    exact = run_wide(hidden, weight, targets, None, entropy=True)
+    for offset, padding in ((1, 7), (0, 64)):
+        store = torch.full((200, 128 + padding + offset), float("nan"), dtype=dtype, device="cuda")
+        view = store[:, offset : offset + 128]
+        view.copy_(hidden)
+        with torch.no_grad():
+            out = linear_logprob(view, weight, targets, entropy=True, backend="triton")
+        found = {name: value for name, value in out._asdict().items()}
+        assert_accurate(found, {name: exact[name] for name in found}, dtype)
+
+
+def test_every_tile_agrees():
+    """The timed candidates differ only in the order of their sums."""
+    from tcopd_kernels import _triton_backward, _triton_common, _triton_forward
+
+    inputs = make_inputs(515, 5003, 264, torch.bfloat16)
+    exact = run_wide(*inputs, entropy=True)
+    capability, _, shared = _triton_common.device_limits(inputs[0].device)
+    tiles = {t for N in (16, 64, 8192) for t in _triton_common.candidate_tiles(capability, 2, N, True)}
+    tested = 0
+    for tile in tiles:
+        if tile.shared_bytes(2) > shared - 4096:
+            continue
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (_triton_forward, _triton_backward):
+                patch.setattr(module, "pick_tile", lambda *args, tile=tile: tile)
+            assert_accurate(run_triton(*inputs, entropy=True), exact, torch.bfloat16)
+        tested += 1
+    assert tested >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_bitwise_repeatable(dtype):
+    inputs = make_inputs(515, 32003, 264, dtype, bias=True)
+    run_triton(*inputs, entropy=True)  # the tile is chosen here
+    first = run_triton(*inputs, entropy=True)
+    second = run_triton(*inputs, entropy=True)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_backward_over_several_chunks_stays_in_its_workspace(monkeypatch):
+    from tcopd_kernels import _triton_backward
+
+    inputs = make_inputs(515, 32003, 264, torch.bfloat16, bias=True)
+    whole = run_triton(*inputs)
+    monkeypatch.setattr(_triton_backward, "WORKSPACE_BYTES", 1 << 21)
+    chunk = _triton_backward.chunk_columns(515, 32003, 2)
+    assert chunk < 32003 / 8
+    chunked = run_triton(*inputs)
+    for name in whole:
+        assert relative_error(chunked[name], whole[name]) < 1e-3, name
+
+
+def test_memory_is_far_below_the_logits():
+    N, V, D = 4096, 131072, 512
+    hidden, weight, targets, _ = make_inputs(N, V, D, torch.bfloat16)
+    hidden.requires_grad_()
+    linear_logprob(hidden, weight, targets, backend="triton").logprob.sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_logprob(hidden, weight, targets, backend="triton").logprob.sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < (256 << 20) + 4 * N * D * 4 + (8 << 20)
+    assert extra < N * V * 2 / 3
+
+
+def test_weight_with_more_than_two_to_the_31_elements():
+    """Offsets of the last rows do not fit 32 bits. The pointer path is forced by an odd hidden size."""
+    D = 4097
+    V = (1 << 31) // D + 1000
+    if torch.cuda.mem_get_info()[0] < 2.2 * V * D * 2:
+        pytest.skip("needs about 10 GB of free GPU memory")
+    weight = torch.zeros(V, D, dtype=torch.bfloat16, device="cuda")
+    tail = 512
+    gen = torch.Generator("cuda").manual_seed(0)
+    weight[-tail:] = torch.randn(tail, D, generator=gen, device="cuda") / 16
+    hidden = torch.randn(33, D, generator=gen, device="cuda").bfloat16()
+    targets = torch.arange(V - 33, V, device="cuda")
+    hidden_leaf = hidden.clone().requires_grad_()
+    out = linear_logprob(hidden_leaf, weight, targets, backend="triton")
+    out.logprob.sum().backward()
+
+    h = hidden.double().requires_grad_()
+    z = h @ weight[-tail:].double().T
+    zeros = torch.zeros(33, 1, dtype=torch.float64, device="cuda")
+    count = torch.log(torch.tensor(float(V - tail), dtype=torch.float64))
+    lse = torch.logsumexp(torch.cat([z, zeros + count.to("cuda")], dim=1), dim=1)
+    logprob = z[:, -33:].diagonal() - lse
+    logprob.sum().backward()
+    assert relative_error(out.logprob.detach(), logprob.detach()) < 5e-6
+    assert relative_error(hidden_leaf.grad, h.grad) < 2.0**-7
+
+
+def test_outputs_on_a_device_that_is_not_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = [None if x is None else x.to("cuda:1") for x in make_inputs(33, 515, 64, torch.bfloat16)]
+    with torch.cuda.device(0):
+        found = linear_logprob(inputs[0], inputs[1], inputs[2], backend="triton").logprob
+    exact = reference.linear_logprob(inputs[0].double(), inputs[1].double(), inputs[2]).logprob
+    assert relative_error(found, exact) < 5e-6
