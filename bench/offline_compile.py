@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from tcopd_kernels._triton_backward import dlogits_kernel
 from tcopd_kernels._triton_common import Tile, candidate_tiles, compile_options, launch_options
 from tcopd_kernels._triton_forward import combine_kernel, forward_kernel
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 ROWS = {"N<=16": 16, "N<=64": 64, "N>64": 8192}
@@ -83,7 +82,7 @@ def variants(archs: list[int]) -> Iterator[Variant]:
 
 
 def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
-    """Triton source and compile options of a variant, with the specialisation of 16-byte aligned arguments."""
+    """Triton source and compile options of a variant, specialised for 16-byte aligned arguments."""
     kernel = {"forward": forward_kernel, "dlogits": dlogits_kernel}[variant.kernel]
     entropy, bias_and_softcap, bias_grad = FEATURES[variant.features]
     options = compile_options(variant.tile.num_warps, variant.tile.num_stages)
@@ -132,7 +131,8 @@ def combine_source() -> ASTSource:
     constants = {"HAS_ENTROPY": True, "BLOCK": 128}
     integers = {"N": "i32", "num_splits": "i32"}
     signature = {
-        name: "constexpr" if name in constants else integers.get(name, "*fp32") for name in combine_kernel.arg_names
+        name: "constexpr" if name in constants else integers.get(name, "*fp32")
+        for name in combine_kernel.arg_names
     }
     return _ast_source(combine_kernel, signature, constants)
 
@@ -145,7 +145,9 @@ def compile_and_inspect(ast: ASTSource, arch: int, options: dict[str, Any]) -> d
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     if registers is None or spills is None:
-        raise RuntimeError(f"no register counts in the ptxas log of triton {triton.__version__}:\n{log.getvalue()}")
+        raise RuntimeError(
+            f"no register counts in the ptxas log of triton {triton.__version__}:\n{log.getvalue()}"
+        )
     ptx = compiled.asm["ptx"]
     wgmma = re.search(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)
     return {
@@ -167,12 +169,16 @@ def run(archs: list[int], only: str) -> list[dict[str, Any]]:
     for variant in variants(archs):
         if only in variant.name:
             ast, options = source(variant)
-            rows.append(_row(variant.name, variant.arch, variant.hot, compile_and_inspect(ast, variant.arch, options)))
+            rows.append(
+                _row(variant.name, variant.arch, variant.hot, compile_and_inspect(ast, variant.arch, options))
+            )
             rows[-1]["variant"] = asdict(variant)
     for arch in archs:
         name = f"sm_{arch}/combine"
         if only in name:
-            rows.append(_row(name, arch, True, compile_and_inspect(combine_source(), arch, compile_options(4, 1))))
+            rows.append(
+                _row(name, arch, True, compile_and_inspect(combine_source(), arch, compile_options(4, 1)))
+            )
     return rows
 
 
@@ -193,10 +199,16 @@ def _row(name: str, arch: int, hot: bool, found: dict[str, Any]) -> dict[str, An
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table as JSON")
-    parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT_BYTES))
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only variants whose name contains it")
+    parser.add_argument(
+        "--archs", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT_BYTES)
+    )
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help="only variants whose name contains it"
+    )
     args = parser.parse_args()
     rows = run(args.archs, args.only)
     if not rows:

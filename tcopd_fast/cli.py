@@ -124,7 +124,7 @@ def launch(ranks: int, words: Sequence[str]) -> int:
         # Ranks on one CPU share its cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", device_flag, str(ranks)]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
+    launcher += ["--log_level", "error", "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
     # tcopd_fast may be a source tree that only the launching process has on its path.
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, os.path.join(root, "kernels"), environment.get("PYTHONPATH", "")]

@@ -59,7 +59,7 @@ def validate(tree: Any, schema: type[S]) -> S:
         raise UserError("config refused:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from error
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML, every key written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 

@@ -121,6 +121,11 @@ def batch_for_step(prompts: Sequence[Prompt], step: int, size: int, *, seed: int
     return batch
 
 
+def set_name(path: str) -> str:
+    """Short name of a prompt source for file names and tables: its last path part without suffixes."""
+    return path.removeprefix("miniature:").rstrip("/").split("/")[-1].split(".")[0]
+
+
 def _epoch_order(n_prompts: int, epoch: int, seed: int) -> np.ndarray:
     # NumPy promises equal raw bits across versions, but not an equal Generator.permutation.
     keys = np.random.PCG64(np.random.SeedSequence([seed % 2**64, epoch])).random_raw(n_prompts)

@@ -15,7 +15,7 @@ from tcopd_fast.config import Config
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.loss import policy_loss
-from tcopd_fast.models import DTYPES, ModelSet, PackedCausalLM, load_causal_lm
+from tcopd_fast.models import ModelSet, PackedCausalLM, load_causal_lm
 from tcopd_fast.monitor import StageClock
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.types import Batch, Rollout
@@ -177,13 +177,6 @@ class Learner:
             raise UserError(f"checkpoint {folder}: cannot be read; delete it to resume from the one before")
         self.steps_taken, self.skipped_steps = state["steps_taken"], state["skipped_steps"]
 
-    def export(self, folder: Path, tokenizer: Any) -> None:
-        """Write a plain Hugging Face folder (safetensors). A collective."""
-        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
-        if self.world.is_main:
-            export_weights(self.config, weights, folder, tokenizer)
-        self.world.barrier()
-
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's settings for a run. Micro-batches vary in number, so `step()` is the accumulation boundary."""
@@ -204,30 +197,6 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         settings["data_types"] = {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]}
         settings["communication_data_type"] = "fp32"
     return settings
-
-
-def export_weights(config: Config, weights: dict[str, Tensor], folder: Path, tokenizer: Any) -> None:
-    """Save a state dict as a Hugging Face folder that transformers and vLLM load."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from tcopd_fast.models import resolve_path
-
-    path = resolve_path(config.model.path)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=DTYPES[config.model.dtype],
-        use_safetensors=True,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied - {name for name, _ in model.named_buffers()}:
-        raise RuntimeError(f"export: weights do not fit {path}: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
-    if model.generation_config is None:
-        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _sharded_loading(settings: dict[str, Any], stage: int) -> Any:

@@ -11,6 +11,7 @@ import torch
 from tcopd_kernels import TokenLogprobs, linear_logprob
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from tcopd_fast import miniature
 from tcopd_fast.config import Config
@@ -18,8 +19,10 @@ from tcopd_fast.errors import UserError
 from tcopd_fast.packing import PACKED_SDPA
 from tcopd_fast.types import PackedTokens
 
+disable_progress_bar()
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROBE_TEXT = "Let $x_1=-3.5$; then \\boxed{12} + 47*8 = 388?\n def f(n): return n  # π ≈ 3.14"
+PROBE_TEXT = "$x_1=-3.5$; \\boxed{12}\n\n def f(n): return n # π"
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def check_models(config: Config) -> ModelSet:
     rows = {"model.path": _text_config(student).vocab_size}
     for field, path in frozen_paths(config):
         rows[field] = _text_config(load_model_config(path, trust)).vocab_size
-        _check_tokenizer(field, path, tokenizer, load_tokenizer(path, trust))
+        check_tokenizer(field, path, tokenizer, load_tokenizer(path, trust))
     for field, size in rows.items():
         if size < len(tokenizer):
             raise UserError(f"{field}: vocabulary has {size} rows but the student's tokenizer uses {len(tokenizer)} ids")
@@ -177,9 +180,10 @@ def frozen_paths(config: Config) -> Iterable[tuple[str, str]]:
             yield f"teachers.{name}.base", teacher.base
 
 
-def _check_tokenizer(
+def check_tokenizer(
     field: str, path: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> None:
+    """Refuse a model whose tokens are not the student's. Raises UserError naming `field` and the first difference."""
     remedy = "use a teacher that shares the student's tokenizer"
     mine, theirs = student.get_vocab(), other.get_vocab()
     if mine != theirs:

@@ -15,7 +15,7 @@ import torch
 from tcopd_fast import evaluate, rundir
 from tcopd_fast.batch import build_minibatches, shard
 from tcopd_fast.config import Config
-from tcopd_fast.data import batch_for_step, load_prompts
+from tcopd_fast.data import batch_for_step, load_prompts, set_name
 from tcopd_fast.dist import World, init_world
 from tcopd_fast.errors import UserError
 from tcopd_fast.learner import Learner
@@ -85,8 +85,7 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
     sets = []
     for source in config.eval.data:
         loaded = load_prompts([source], models.tokenizer, config.data).prompts
-        name = source.path.removeprefix("miniature:").rstrip("/").split("/")[-1].split(".")[0]
-        sets.append(EvalSet(name, loaded))
+        sets.append(EvalSet(set_name(source.path), loaded))
     if len({s.name for s in sets}) != len(sets):
         raise UserError("eval.data: two sets have the same file name; evaluation sets are told apart by it")
     longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)

@@ -192,7 +192,7 @@ def test_without_chat_template(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", PLAIN_ROWS)
     first = load(tokenizer, path, chat_template=False, prompt_suffix=" =").prompts[0]
     assert text_of(tokenizer, first) == "What is 2+3? ="
-    with pytest.raises(UserError, match="ignores data.system_prompt"):
+    with pytest.raises(UserError, match=r"ignores data.system_prompt"):
         load(tokenizer, path, chat_template=False, system_prompt="x")
     chat = write_jsonl(
         tmp_path / "chat.jsonl", [{"prompt": [{"role": "system", "content": "s"}, *verl_rows()[0]["prompt"]]}]
@@ -210,7 +210,7 @@ def test_overlong_prompts_are_dropped_or_refused(tokenizer, tmp_path):
     assert kept.dropped_overlong == 1
     with pytest.raises(UserError, match=f"row 2: prompt 'long' has {fits + 1} tokens.*is {fits}"):
         load(tokenizer, path, max_prompt_tokens=fits, overlong="refuse")
-    with pytest.raises(UserError, match="all 2 prompts .* longer than data.max_prompt_tokens=5"):
+    with pytest.raises(UserError, match=r"all 2 prompts .* longer than data.max_prompt_tokens=5"):
         load(tokenizer, path, max_prompt_tokens=5)
 
 

@@ -144,7 +144,7 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
         correct = rng.random((60, 4)) < difficulty
         summary = summarize(correct, np.ones((60, 4), dtype=int), np.zeros((60, 4), dtype=bool), seed=trial)
         covered += summary["ci_low"] <= 0.5 <= summary["ci_high"]
-    # Binomial(300, 0.95) lies in this range but for 1 in 1000; a sample-level bootstrap covers about 0.78.
+    # Three standard deviations around 0.95; resampling samples instead of problems covers 0.81.
     assert 0.90 <= covered / 300 <= 0.99
 
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_model
 
 from tcopd_fast.models import PackedCausalLM
 from tcopd_fast.packing import PACKED_SDPA, pack, split_by_tokens

@@ -52,7 +52,9 @@ def fake_run(
     for step in range(done + 1):
         progress = 1 - math.exp(-4 * step / steps)
         if step:
-            log.log(step, _metrics(rng, list(lambdas), progress, final_accuracy))
+            metrics = _metrics(rng, list(lambdas), progress, final_accuracy)
+            startup = 3 if step == 1 else 1
+            log.log(step, metrics | {"time_s/step": startup * metrics["time_s/step"]})
             log.log_tokens(_token_records(rng, step, lambdas, hostile))
         if step % 10 == 0:
             for name, shift in (("chains", 0.0), ("digits", 0.12)):
@@ -235,15 +237,32 @@ def test_long_responses_are_cut_in_the_middle(tmp_path: Path) -> None:
     assert "… 4300 tokens not shown …" in page.words
 
 
-@pytest.mark.parametrize(
-    "missing", ["eval.jsonl", "token_samples.jsonl", "metrics.jsonl", "config.yaml", "environment.json"]
-)
-def test_a_run_without_one_file_still_reports(tmp_path: Path, missing: str) -> None:
-    whole, broken = fake_run(tmp_path / "whole"), fake_run(tmp_path / "broken")
-    (broken / missing).unlink()
-    page = Page(write_report([whole, broken], tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert f"{missing} is missing" in page.text
-    assert "broken" in format_table(summary_table([whole, broken]))
+def test_runs_that_lack_a_file_still_report(tmp_path: Path) -> None:
+    names = ("eval.jsonl", "token_samples.jsonl", "metrics.jsonl", "config.yaml", "environment.json")
+    runs = [fake_run(tmp_path / f"without-{name}") for name in names]
+    for run, name in zip(runs, names, strict=True):
+        (run / name).unlink()
+    page = Page(write_report([fake_run(tmp_path / "whole"), *runs], tmp_path / "r.html").read_text(encoding="utf-8"))
+    table = format_table(summary_table(runs))
+    for name in names:
+        assert re.search(rf"without-{name}\W+{name} is missing", page.text), name
+        assert f"without-{name}" in table
+
+
+def test_a_model_that_was_only_evaluated_stands_beside_the_runs(tmp_path: Path) -> None:
+    run, expert = fake_run(tmp_path / "run"), tmp_path / "expert"
+    expert.mkdir()
+    (expert / "config.yaml").write_text("model: {path: miniature:expert}\nseed: 0\n")
+    record = _eval_record(0, "chains", [], 0.0, 0.0) | {"mean_at_k": 0.617}
+    (expert / "eval.jsonl").write_text(json.dumps(record) + "\n")
+    html = write_report([run, expert], tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert "evaluated only" in page.text and "61.7 ± 0.7" in page.text and "metrics.jsonl is missing" not in page.text
+    stages = html[html.index("<h2>Time and memory") :]
+    assert ">expert</" not in stages
+    learning_rate = re.search(r"<dt>learning rate</dt><dd>([^<]+)</dd>", html)
+    assert learning_rate and learning_rate[1] == "1e-05"
+    assert "No run was trained." in write_report([expert], tmp_path / "e.html").read_text(encoding="utf-8")
 
 
 def test_a_run_that_has_only_its_config_still_reports(tmp_path: Path) -> None:

@@ -56,15 +56,12 @@ def test_a_closed_final_box_is_always_the_answer(before, content):
     assert boxed_answer(before + "; end: \\boxed{" + content + "}") == content.strip()
 
 
+@pytest.mark.timeout(60)
 def test_box_scan_is_linear():
-    def seconds(n: int) -> float:
-        start = time.perf_counter()
-        for text in ("\\boxed{" * n, "\\boxed{" + "{" * n + "}" * n, "\\boxed{x} " * n, "\\boxed" + " " * n):
-            boxed_answer(text)
-        return time.perf_counter() - start
-
-    # Quadratic work would take minutes here.
-    assert seconds(200_000) < 60
+    """Quadratic work would take many minutes on these."""
+    n = 200_000
+    texts = ("\\boxed{" * n, "\\boxed{" + "{" * n + "}" * n, "\\boxed{x} " * n, "\\boxed" + " " * n)
+    assert [boxed_answer(text) for text in texts] == [None, None, "x", None]
 
 
 @pytest.mark.parametrize(
@@ -126,13 +123,11 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.timeout(120)
 def test_hostile_answers_are_wrong_and_bounded():
     with Judge(timeout_s=0.5) as judge:
         assert judge.many([(r"\boxed{\frac{1}{2}}", "0.5")]) == [True]
-        start = time.perf_counter()
         assert judge.many([(response, "7") for response in HOSTILE]) == [False] * len(HOSTILE)
-        # 0.5 s a case and a restart after it; far below what one unbounded case would take.
-        assert time.perf_counter() - start < 30 * len(HOSTILE)
         assert judge.many([(r"\boxed{\frac{1}{4}}", "0.25")]) == [True]
 
 
@@ -141,11 +136,26 @@ def test_a_long_answer_may_still_be_literally_right(judge):
     assert judge.many([(f"\\boxed{{{answer}}}", answer), (f"\\boxed{{{answer}3}}", answer)]) == [True, False]
 
 
-def test_worker_out_of_memory_is_replaced():
-    with Judge(timeout_s=20.0, memory_bytes=512 << 20) as judge:
+HUNGRY_START = """
+import sys
+sys.path[:] = sys.argv[3:]
+from tcopd_fast import verify_worker
+agree = verify_worker._agree
+verify_worker._agree = lambda prediction, *rest: (
+    len(bytearray(1 << 30)) > 0 if prediction == "hungry" else agree(prediction, *rest)
+)
+verify_worker.main(float(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def test_worker_out_of_memory_is_replaced(monkeypatch):
+    monkeypatch.setattr(verify, "_START", HUNGRY_START)
+    with Judge(timeout_s=20.0, memory_bytes=2 << 30) as judge:
+        assert judge.many([(r"\boxed{hungry}", "1")]) == [True]
+    with Judge(timeout_s=20.0, memory_bytes=1 << 30) as judge:
         assert judge.many([(r"\boxed{\frac{1}{2}}", "0.5")]) == [True]
         before = judge._workers[0]._process
-        assert judge.many([(r"\boxed{10^{10^{10}}+1}", r"\frac{1}{7}")]) == [False]
+        assert judge.many([(r"\boxed{hungry}", "1")]) == [False]
         assert judge.many([(r"\boxed{\frac{1}{4}}", "0.25")]) == [True]
         assert judge._workers[0]._process is not before
 
@@ -202,7 +212,7 @@ def test_close_ends_the_workers_and_a_later_call_starts_new_ones():
 
 def test_worker_that_cannot_start_is_a_user_error(monkeypatch):
     monkeypatch.setattr(verify, "_START", "print('no module named math_verify')")
-    with pytest.raises(UserError, match="no module named math_verify.*install math-verify"):
+    with pytest.raises(UserError, match=r"no module named math_verify.*install math-verify"):
         Judge().many([(r"\boxed{\frac{1}{2}}", "0.5")])
 
 
@@ -244,6 +254,7 @@ def test_worker_dies_with_a_killed_parent():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
+    time.sleep(0.5)  # let it reach the second question
     parent.kill()
     parent.wait()
     parent.stdout.close()

@@ -38,7 +38,7 @@ SECOND_EOS = "}"
 # Head rows past the tokenizer's ids, as in padded checkpoints; for the untied model the engine cuts them off.
 PADDING = 10
 UNTIED_VOCABULARY = len(make_tokenizer())
-# The long ones fill a whole block of vLLM's prefix cache (128 tokens on a CPU), which a weight sync must drop.
+# The long ones fill a block of vLLM's prefix cache (128 tokens on a CPU), which a weight sync must drop.
 LONG = "M:" + "47+38-" * 25 + "19="
 PROBLEMS = {0: [LONG, "L:5=", "M:1+1="], 1: ["L:906-17=", LONG]}
 

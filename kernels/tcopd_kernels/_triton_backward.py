@@ -46,7 +46,7 @@ CHUNK_MULTIPLE = 128
 
 
 class RowTerms(NamedTuple):
-    """Per-row inputs of the dlogits kernel, each [N]: target int64, the others fp32 (see the module docstring)."""
+    """Per-row inputs of the dlogits kernel, [N]: target int64, the others fp32 as in the module docstring."""
 
     target: torch.Tensor
     lse: torch.Tensor
@@ -147,7 +147,7 @@ def backward(
 
     Returns:
         (grad_hidden [N, D], grad_weight [V, D], grad_bias [V]) in the dtypes of their inputs, or None where
-        not needed. The caller leaves out rows whose upstream gradients are all zero: they would cost full price.
+        not needed. Rows whose upstream gradients are all zero cost as much as others: the caller drops them.
 
     Memory beside the outputs: the [N, Vc] workspace of `chunk_columns`; with need_hidden two fp32 [N, D]; for
     float16 an fp32 [Vc, D]; a copy of a matrix whose last dimension is not contiguous.
@@ -157,7 +157,9 @@ def backward(
     """
     check_operands(hidden, weight)
     if grad_entropy is not None and entropy is None:
-        raise ValueError("grad_entropy needs the entropy that the forward computes with entropy=True; got None")
+        raise ValueError(
+            "grad_entropy needs the entropy that the forward computes with entropy=True; got None"
+        )
     N, V = hidden.shape[0], weight.shape[0]
     allocate = torch.empty_like if N > 0 else torch.zeros_like
     layout = torch.contiguous_format
@@ -174,12 +176,14 @@ def backward(
         for start in range(0, V, chunk):
             end = min(start + chunk, V)
             dlogits = workspace[:, : end - start]
-            bias_parts = _fill_dlogits(dlogits, head, terms, start, end, scale, bias_grad=grad_bias is not None)
+            bias_parts = _fill_dlogits(
+                dlogits, head, terms, start, end, scale, bias_grad=grad_bias is not None
+            )
             if grad_hidden is not None:
                 grad_hidden += _matmul_fp32(dlogits, weight[start:end])
             if grad_weight is not None:
                 _weight_rows_into(grad_weight[start:end], dlogits, hidden, scale)
-            if grad_bias is not None:
+            if grad_bias is not None and bias_parts is not None:
                 grad_bias[start:end] = bias_parts.sum(0)
         if grad_hidden is not None and scale != 1.0:
             grad_hidden /= scale
@@ -205,7 +209,7 @@ def _row_terms(
     g = torch.zeros_like(lse) if grad_logprob is None else grad_logprob.contiguous()
     c_1 = -g if grad_lse is None else grad_lse - g
     c_2 = None
-    if grad_entropy is not None:
+    if grad_entropy is not None and entropy is not None:
         c_1 = c_1 - grad_entropy * entropy
         c_2 = -grad_entropy
     return RowTerms(targets.contiguous(), lse.contiguous(), g, c_1.contiguous(), c_2)
@@ -224,7 +228,14 @@ def _fp16_scale(terms: RowTerms, temperature: float) -> float:
 
 
 def _fill_dlogits(
-    dlogits: torch.Tensor, head: _Head, terms: RowTerms, start: int, end: int, scale: float, *, bias_grad: bool
+    dlogits: torch.Tensor,
+    head: _Head,
+    terms: RowTerms,
+    start: int,
+    end: int,
+    scale: float,
+    *,
+    bias_grad: bool,
 ) -> torch.Tensor | None:
     """Write scale·dL/dx of columns [start, end) into dlogits [N, end − start].
 
@@ -261,7 +272,7 @@ def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _weight_rows_into(out: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
-    """out [Vc, D] = dlogits.T @ hidden / scale. fp16 is rounded after the division: scaled sums may exceed 65504."""
+    """out [Vc, D] = dlogits.T @ hidden / scale. fp16 is rounded last: its scaled sums may exceed 65504."""
     if out.dtype == torch.float16:
         out.copy_(_matmul_fp32(dlogits.t(), hidden).div_(scale))
     else:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ GROUP_ROWS = 16  # row blocks that run side by side, so that their slice of `hid
 
 @dataclass(frozen=True)
 class Tile:
-    """Block shape and launch options of one kernel variant. block_m: tokens, block_n: vocabulary, block_k: D."""
+    """Block shape (block_m tokens, block_n vocabulary, block_k hidden) and launch options of a variant."""
 
     block_m: int
     block_n: int
@@ -65,12 +65,12 @@ def candidate_tiles(capability: int, itemsize: int, N: int, entropy: bool) -> tu
     return _HOPPER_TILES if capability >= 90 else _AMPERE_TILES
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_limits(device: torch.device) -> tuple[int, int, int]:
     """(compute capability as 80, 90, …; multiprocessors; bytes of shared memory a block may take)."""
     if device.type != "cuda":
         return 80, 8, 1 << 30
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # the stub lacks the last field
     return (
         properties.major * 10 + properties.minor,
         properties.multi_processor_count,
@@ -84,7 +84,7 @@ _chosen_tiles: dict[Hashable, Tile] = {}
 def pick_tile(
     kernel: str, hidden: torch.Tensor, weight: torch.Tensor, entropy: bool, launch: Callable[[Tile], Any]
 ) -> Tile:
-    """The tile for this kernel and problem, timed once per (kernel, device, dtype, N bucket, V, D, entropy).
+    """The tile for this kernel and problem, timed once per device, dtype, N bucket, V, D and entropy.
 
     `launch` must be idempotent. Under the interpreter, inside a CUDA graph capture, and with
     `torch.use_deterministic_algorithms(True)` nothing is timed and the default tile is taken, so that in
@@ -103,7 +103,9 @@ def pick_tile(
     if key not in _chosen_tiles:
         if torch.cuda.is_current_stream_capturing():
             return tiles[0]
-        times_ms = [triton.testing.do_bench(lambda tile=tile: launch(tile), warmup=5, rep=20) for tile in tiles]
+        times_ms = [
+            triton.testing.do_bench(lambda tile=tile: launch(tile), warmup=5, rep=20) for tile in tiles
+        ]
         _chosen_tiles[key] = tiles[times_ms.index(min(times_ms))]
     return _chosen_tiles[key]
 
@@ -114,7 +116,7 @@ def on_device(tensor: torch.Tensor) -> Any:
 
 
 def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` itself if its last dimension has stride 1, else a contiguous copy. Row strides stay as they are."""
+    """`matrix` itself, whatever its row stride, if its last dimension has stride 1; else a contiguous copy."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
@@ -149,14 +151,14 @@ def launch_options(tile: Tile) -> dict[str, Any]:
 
 
 def compile_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Compiler options. Fusing multiply and add is asked for, since its default is to change after Triton 3.9."""
+    """Compiler options. Fused multiply-add is asked for: the default is to change after Triton 3.9."""
     if INTERPRETED:
         return {}
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def input_precision() -> str:
-    """tl.dot mode for fp32 inputs: TF32 only where torch's own fp32 matmul may use it. Ignored for fp16 and bf16."""
+    """tl.dot mode for fp32 inputs: TF32 only where torch's own matmul may use it. Half types ignore it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

@@ -112,7 +112,6 @@ def _clipped_loss(
     unclipped = -advantage * ratio
     bounded = -advantage * ratio.clamp(low, high)
     clipped = bounded > unclipped
-    # where, not maximum: at a tie maximum would halve the gradient between its two arguments.
     loss = torch.where(clipped, bounded, unclipped)
     if dual_clip is None:
         return loss, clipped, torch.zeros_like(clipped)

@@ -119,7 +119,8 @@ def tcopd_policy_loss(
     if dual_clip is not None:
         surrogate = torch.where(advantage < 0, torch.maximum(surrogate, dual_clip * advantage), surrogate)
     if rollout_logprob is not None:
-        surrogate = surrogate * torch.exp(old - rollout_logprob).detach().clamp(max=is_cap)
+        cap = float("inf") if is_cap is None else is_cap
+        surrogate = surrogate * torch.exp(old - rollout_logprob).detach().clamp(max=cap)
     return -(weights * surrogate).sum()
 
 

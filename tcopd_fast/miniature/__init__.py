@@ -1,4 +1,4 @@
-"""A miniature of the experiment: a 0.34M-parameter student, an expert and an anti-expert, shipped with the package."""
+"""A miniature of the experiment: a student of 0.34M parameters, an expert, an anti-expert, problem files."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Recipe:
     expert_prompts: int = 32
     expert_group: int = 8
 
-    anti_expert_steps: int = 20
+    anti_expert_steps: int = 40
     anti_expert_lr: float = 3e-4
 
 
@@ -114,7 +114,8 @@ def _build(out_dir: Path, seed: int, recipe: Recipe, progress: Callable[[str], N
         tokenizer.save_pretrained(out_dir / name)
         measured[name] = measure_all(model, tokenizer, heldout, recipe.measure_samples)
         sampled = {domain: values["sampled"]["accuracy"] for domain, values in measured[name].items()}
-        progress(f"{name}: " + ", ".join(f"{domain} {100 * a:.1f}%" for domain, a in sampled.items()) + " at T=1")
+        shares = ", ".join(f"{domain} {100 * share:.1f}%" for domain, share in sampled.items())
+        progress(f"{name}: {shares} at T=1")
     lap("measure")
     return {
         "seconds": seconds,
@@ -134,7 +135,7 @@ def _build(out_dir: Path, seed: int, recipe: Recipe, progress: Callable[[str], N
 
 
 def write_problem_files(out_dir: Path, seed: int, recipe: Recipe) -> dict[str, list[Problem]]:
-    """Write held-out and train problems, no chain shared between them, and return the held-out ones by domain."""
+    """Write held-out and train problems, no chain in two of them; return the held-out ones by domain."""
     heldout: dict[str, list[Problem]] = {}
     taken: set[str] = set()
     for domain in DOMAINS:
@@ -190,7 +191,7 @@ def train_base(
     heldout_chains: Collection[str],
     progress: Callable[[str], None],
 ) -> None:
-    """Supervise on the mix. A wrong tag pairs a problem with the other domain's response: the base confuses them."""
+    """Supervise on the mix; a wrong tag gives a problem the response of the other domain."""
     rng = random.Random(f"mix-{seed}")
     streams = {domain: problem_stream(domain, seed + 2, exclude=heldout_chains) for domain in DOMAINS}
     other_tag = {TAGS["math"]: TAGS["largest"], TAGS["largest"]: TAGS["math"]}
@@ -260,7 +261,10 @@ def train_anti_expert(
 
 
 def measure_all(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, heldout: dict[str, list[Problem]], samples: int
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: dict[str, list[Problem]],
+    samples: int,
 ) -> dict[str, dict]:
     """Return, per domain, the measurement at T=1 (`samples` responses per problem) and the greedy one."""
     run = partial(measure, model, tokenizer)
@@ -282,7 +286,8 @@ def _step_reporter(
         if (step + 1) % every == 0:
             elapsed = time.perf_counter() - started
             left = elapsed / (step + 1) * (steps - step - 1)
-            progress(f"{stage}: step {step + 1}/{steps}, {quantity} {value:.3f}, {elapsed:.0f} s, {left:.0f} s left")
+            at = f"{stage}: step {step + 1}/{steps}"
+            progress(f"{at}, {quantity} {value:.3f}, {elapsed:.0f} s, {left:.0f} s left")
 
     return report
 

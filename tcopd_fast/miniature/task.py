@@ -1,8 +1,8 @@
-"""The two small domains of the miniature: problems, answers, responses, and the split into train and held-out.
+"""The two small domains of the miniature: problems, answers, responses, problem files.
 
 Both domains print the same surface, a tag and a chain of four two-digit numbers joined by ``+`` and ``-``:
 
-* ``math`` (tag ``M``): the value of the chain, worked out from left to right. Every running total lies in 10..99.
+* ``math`` (tag ``M``): the value of the chain, from left to right; every running total lies in 10..99.
 * ``largest`` (tag ``L``): the largest of the four numbers; the signs do not matter.
 
 A response ends in ``\\boxed{NN}``. It may show its work first, three running values each followed by ``;``
@@ -33,7 +33,7 @@ _BOXED = re.compile(r"\\boxed\{(\d+)\}")
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of ``train.jsonl`` or ``heldout*.jsonl``: `problem` is the user message, `answer` two digits."""
+    """One row of a problem file: `problem` is the user message, `answer` has two digits."""
 
     id: str
     problem: str
@@ -56,7 +56,7 @@ def random_chain(rng: random.Random) -> str:
 
 
 def chain_of(problem: str) -> str:
-    """Return the chain of a problem text, without its tag: the unit by which train and held-out are kept apart."""
+    """Return a problem text without its tag: the unit by which train and held-out are kept apart."""
     return problem.split(":", 1)[1]
 
 
@@ -100,7 +100,7 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def problem_stream(domain: str, seed: int, *, exclude: Collection[str] = ()) -> Iterator[str]:
-    """Yield problem texts of `domain` for ever, the same ones for the same seed, skipping chains in `exclude`."""
+    """Yield problem texts of `domain` for ever, the same for the same seed, skipping chains in `exclude`."""
     if domain not in TAGS:
         raise ValueError(f"domain {domain!r} is unknown; choose one of {', '.join(DOMAINS)}")
     rng = random.Random(f"{domain}-{seed}")
@@ -110,14 +110,19 @@ def problem_stream(domain: str, seed: int, *, exclude: Collection[str] = ()) -> 
             yield f"{TAGS[domain]}:{chain}"
 
 
-def distinct_problems(domain: str, count: int, seed: int, *, split: str, exclude: Collection[str] = ()) -> list[Problem]:
+def distinct_problems(
+    domain: str, count: int, seed: int, *, split: str, exclude: Collection[str] = ()
+) -> list[Problem]:
     """Return `count` problems of `domain` with pairwise different chains, none of them in `exclude`."""
     texts: dict[str, None] = {}
     for text in problem_stream(domain, seed, exclude=exclude):
         texts[text] = None
         if len(texts) == count:
             break
-    return [Problem(f"{split}-{domain}-{i:05d}", text, answer_of(text), domain) for i, text in enumerate(texts)]
+    return [
+        Problem(f"{split}-{domain}-{number:05d}", text, answer_of(text), domain)
+        for number, text in enumerate(texts)
+    ]
 
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:

@@ -22,7 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Measurement:
-    """Share of correct answers, its standard error over problems, and share of responses with work; all in 0..1."""
+    """Share of correct answers, its standard error over problems, share of responses with work; in 0..1."""
 
     accuracy: float
     stderr: float
@@ -34,13 +34,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, problems: Iterable[str]) -> T
     chats = [[{"role": "user", "content": problem}] for problem in problems]
     rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     if len({len(row) for row in rows}) > 1:
-        raise ValueError("the miniature's trainer needs prompts of one length; these differ in their token counts")
+        raise ValueError("the miniature's trainer needs prompts of one token count; these differ")
     return torch.tensor(rows)
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, prompts_BP: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    model: PreTrainedModel,
+    prompts_BP: Tensor,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Sample one response per prompt; temperature 0 means greedy.
 
@@ -48,7 +52,8 @@ def generate(
     """
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     finished_B = torch.zeros(len(prompts_BP), dtype=torch.bool)
-    inputs, cache, tokens = prompts_BP, None, []
+    tokens: list[Tensor] = []
+    inputs, cache = prompts_BP, None
     while len(tokens) < MAX_RESPONSE_TOKENS and not finished_B.all():
         output = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits_BV, cache = output.logits[:, -1], output.past_key_values
@@ -73,14 +78,14 @@ def measure(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Measurement:
-    """Sample `samples` responses per problem; the standard error is that of the mean of the per-problem means."""
+    """Sample `samples` responses per problem; the standard error is that of the mean over problems."""
     prompts_BP = prompt_ids(tokenizer, (p.problem for p in problems)).repeat_interleave(samples, 0)
     generator = torch.Generator().manual_seed(seed)
     responses_BR = generate(model, prompts_BP, temperature=temperature, generator=generator)
     texts = tokenizer.batch_decode(responses_BR, skip_special_tokens=True)
     answers = [p.answer for p in problems for _ in range(samples)]
-    correct_B = torch.tensor([float(is_correct(text, answer)) for text, answer in zip(texts, answers, strict=True)])
-    per_problem = correct_B.view(len(problems), samples).mean(1)
+    correct = [float(is_correct(text, answer)) for text, answer in zip(texts, answers, strict=True)]
+    per_problem = torch.tensor(correct).view(len(problems), samples).mean(1)
     return Measurement(
         accuracy=per_problem.mean().item(),
         stderr=per_problem.std().item() / math.sqrt(len(problems)),
@@ -104,8 +109,8 @@ class Example:
 
 
 def supervised_batch(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """Return prompts (B, P) and responses (B, R), each response ended by the end-of-sequence token and padded."""
-    rows = [tokenizer.encode(e.response) + [tokenizer.eos_token_id] for e in examples]
+    """Return prompts (B, P) and responses (B, R), the latter ended by end-of-sequence and padded."""
+    rows = [[*tokenizer.encode(e.response), tokenizer.eos_token_id] for e in examples]
     width = max(map(len, rows))
     responses_BR = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
     return prompt_ids(tokenizer, (e.problem for e in examples)), responses_BR
@@ -120,7 +125,7 @@ def supervised_fine_tune(
     lr: float,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Minimise the token-mean cross-entropy of the responses with AdamW; warm-up, then cosine decay to lr/20."""
+    """Minimise the token-mean cross-entropy of the responses: AdamW, warm-up, cosine decay to lr/20."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = min(50, max(1, steps // 10))
     for step in range(steps):
@@ -145,7 +150,7 @@ def grpo(
     generator: torch.Generator,
     on_step: Callable[[int, float], None] = lambda step, mean_reward: None,
 ) -> None:
-    """On-policy GRPO (Shao et al., 2024): reward 1 for a correct answer, one gradient step per batch, no KL term.
+    """On-policy GRPO (Shao et al., 2024): reward 1 if correct, one gradient step per batch, no KL term.
 
     The advantage of a response is its reward minus the mean of its group of `group` responses to one prompt,
     divided by the group's standard deviation; a group whose rewards are all equal gives no gradient.

@@ -52,6 +52,11 @@ class Run:
         steps = self.config.get("steps")
         return steps if isinstance(steps, int) else None
 
+    @property
+    def evaluated_only(self) -> bool:
+        """True for a model that was evaluated without being trained: such a run plans no steps."""
+        return bool(self.evals) and not self.metrics and self.planned_steps is None
+
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, steps without a finite value left out."""
         points = [(row["step"], value) for row in self.metrics if (value := number(row.get(key))) is not None]
@@ -225,7 +230,9 @@ def _load_run(path: Path, name: str) -> Run:
         tokens=_read_jsonl(path / "token_samples.jsonl", notes),
         notes=notes,
     )
-    if run.planned_steps is not None and run.last_step < run.planned_steps:
+    if run.evaluated_only:
+        notes[:] = [note for note in notes if not note.startswith(("metrics.jsonl", "token_samples.jsonl"))]
+    elif run.planned_steps is not None and run.last_step < run.planned_steps:
         notes.append(f"stopped at step {run.last_step} of {run.planned_steps}")
     return run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _NO_FETCH = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _METER_PIXELS = 110
 _ALWAYS_COMPARED = ("normalizer K", "steps", "seed", "device", "git SHA")
+_EXPECTED_TO_DIFFER = ("started", "command")
 
 _ROLLOUT_CHARTS = (
     ("rollout/accuracy", "Rollout accuracy", "%", 100.0),
@@ -69,7 +70,7 @@ def _page(runs: Sequence[Run]) -> str:
 def _lead(runs: Sequence[Run]) -> str:
     count = "One run" if len(runs) == 1 else f"{len(runs)} runs"
     students = union([str(_config(run, "model.path"))] for run in runs if _config(run, "model.path") is not None)
-    return f'<p class="lead">{count}; student {escape(", ".join(students) or "unknown")}.</p>'
+    return f'<p class="lead">{count} of {escape(", ".join(students) or "an unknown student")}</p>'
 
 
 def _run_list(runs: Sequence[Run]) -> str:
@@ -77,6 +78,7 @@ def _run_list(runs: Sequence[Run]) -> str:
     for index, run in enumerate(runs):
         planned = run.planned_steps
         progress = f"step {run.last_step}" + (f" of {planned}" if planned else "")
+        progress = "evaluated only" if run.evaluated_only else progress
         items.append(f"<li>{_chip(index)}{escape(run.name)} <small>{escape(progress)}</small></li>")
     return f'<ul class="runs">{"".join(items)}</ul>'
 
@@ -120,16 +122,16 @@ def _settings(runs: Sequence[Run]) -> str:
     """Side by side what differs or matters most; below it, once, what all runs share."""
     body, shared = [], []
     for label, values in _setting_rows(runs):
-        differs = len(set(values)) > 1
-        if not differs and label not in _ALWAYS_COMPARED and not label.startswith("λ "):
-            shared.append(f"<div><dt>{escape(label)}</dt><dd>{escape(values[0])}</dd></div>")
+        known = list(dict.fromkeys(value for value in values if value != MISSING))
+        if len(known) == 1 and label not in _ALWAYS_COMPARED and not label.startswith("λ "):
+            shared.append(f"<div><dt>{escape(label)}</dt><dd>{escape(known[0])}</dd></div>")
             continue
-        mark = ' class="differs"' if differs else ""
+        mark = ' class="differs"' if len(known) > 1 and label not in _EXPECTED_TO_DIFFER else ""
         cells = "".join(f'<td class="text">{escape(value)}</td>' for value in values)
         body.append(f'<tr{mark}><th class="text">{escape(label)}</th>{cells}</tr>')
-    head = '<th class="text">setting</th>' + _run_headers(runs, "text")
+    head = '<th class="text">setting</th>' + _run_headers(runs, range(len(runs)), "text")
     caption = '<p class="caption">Shaded rows differ between the runs.</p>' if len(runs) > 1 else ""
-    title = "Shared by all runs" if len(runs) > 1 else "All other settings"
+    title = "Equal in all runs that have it" if len(runs) > 1 else "All other settings"
     common = f'<h3>{title}</h3><dl class="panel shared">{"".join(shared)}</dl>' if shared else ""
     return f"<h2>Settings</h2>{caption}{_table(head, body, 'auto')}{common}"
 
@@ -160,9 +162,9 @@ def _setting_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("seed", "seed"),
     ):
         rows.append((label, [_plain(_config(run, key)) for run in runs]))
-    for label, key in (("device", "device"), ("started", "started"), ("command", "command")):
-        rows.append((label, [_plain(run.environment.get(key)) for run in runs]))
+    rows.append(("device", [_plain(run.environment.get("device")) for run in runs]))
     rows.append(("git SHA", [_short_sha(_plain(run.environment.get("git_sha"))) for run in runs]))
+    rows += [(key, [_plain(run.environment.get(key)) for run in runs]) for key in ("started", "command")]
     packages = union(map(str, _versions(run)) for run in runs)
     rows += [(f"{name} version", [_plain(_versions(run).get(name)) for run in runs]) for name in packages]
     return [(label, values) for label, values in rows if any(value != MISSING for value in values)]
@@ -189,7 +191,7 @@ def _curves(runs: Sequence[Run]) -> str:
     caption = (
         "Colours are the runs in the list at the top. Faint lines are single steps, strong lines their mean over "
         f"the {SMOOTHING_STEPS} steps around each. Evaluations are not smoothed; their band is the recorded "
-        "confidence interval."
+        "confidence interval, and dashed lines are models that were evaluated only."
     )
     content = f'<div class="grid">{"".join(figures)}</div>' if figures else '<p class="missing">No metrics yet.</p>'
     return f'<h2>Curves</h2><p class="caption">{caption}</p>{content}'
@@ -205,7 +207,7 @@ def _eval_figures(runs: Sequence[Run]) -> list[str]:
             if records:
                 low, high = zip(*(_interval(record) for record in records), strict=True)
                 steps, values = [r["step"] for r in records], [100 * r["mean_at_k"] for r in records]
-                series.append(Series(index, steps, values, low, high))
+                series.append(Series(index, steps, values, low, high, level=run.evaluated_only))
         if series:
             figures.append(_figure(f"Evaluation: {key}", "%", series, _last_step(runs)))
     return figures
@@ -246,15 +248,16 @@ def _figure(title: str, unit: str, series: Sequence[Series], last_step: int) -> 
 
 
 def _stages(runs: Sequence[Run]) -> str:
-    if not any(run.stage_seconds() or run.stage_peaks() for run in runs):
+    timed = [index for index, run in enumerate(runs) if run.stage_seconds() or run.stage_peaks()]
+    if not timed:
         return '<h2>Time and memory by stage</h2><p class="missing">No stage was timed.</p>'
     caption = (
         "Time is the mean over all steps but the first, which includes start-up; memory is the largest peak while the "
         "stage ran (device memory on a GPU, resident set of the process on a CPU)."
     )
-    head = '<th class="text">stage</th>' + _run_headers(runs, "")
-    times = [_with_rest(run) for run in runs]
-    peaks = [run.stage_peaks() for run in runs]
+    head = '<th class="text">stage</th>' + _run_headers(runs, timed, "")
+    times = {index: _with_rest(runs[index]) for index in timed}
+    peaks = {index: runs[index].stage_peaks() for index in timed}
     return (
         f'<h2>Time and memory by stage</h2><p class="caption">{caption}</p>{_stage_bars(runs, times)}'
         f'<div class="pair"><section><h3>Time per step</h3>{_table(head, _stage_rows(times, _time_cell, sum), "auto")}'
@@ -272,36 +275,39 @@ def _with_rest(run: Run) -> dict[str, float]:
     return times
 
 
-def _stage_bars(runs: Sequence[Run], times: Sequence[Mapping[str, float]]) -> str:
-    longest = max((sum(time.values()) for time in times), default=0.0) or 1.0
+def _stage_bars(runs: Sequence[Run], times: Mapping[int, Mapping[str, float]]) -> str:
+    longest = max(sum(time.values()) for time in times.values()) or 1.0
     colours = dict(zip((*STAGES, "other"), _STAGE_COLOURS, strict=True))
     bars = []
-    for run, time in zip(runs, times, strict=True):
+    for index, time in times.items():
         pieces = "".join(
             f'<i style="width:{100 * value / longest:.2f}%;background:{colours[stage]}" '
             f'title="{escape(f"{stage}: {seconds(value)}")}"></i>'
             for stage, value in time.items()
         )
         total = seconds(sum(time.values())) if time else MISSING
-        name = f"<b>{escape(run.name)}</b>"
+        name = f"<b>{escape(runs[index].name)}</b>"
         bars.append(f'<div class="bar">{name}<div class="stack">{pieces}</div><span>{total}</span></div>')
     keys = "".join(f'<li><i style="background:{colour}"></i>{stage}</li>' for stage, colour in colours.items())
     return f'<div class="panel bars">{"".join(bars)}<ul class="keys">{keys}</ul></div>'
 
 
 def _stage_rows(
-    columns: Sequence[Mapping[str, float]],
+    columns: Mapping[int, Mapping[str, float]],
     cell: Callable[[float, float], str],
     total: Callable[[Any], float],
 ) -> list[str]:
-    """One row per stage and a last one for the step; a meter under each number is scaled to the table's largest."""
-    largest = max((value for column in columns for value in column.values()), default=0.0) or 1.0
+    """One row per stage and a last one for the step, one column per run index.
+
+    A meter under each number is scaled to the table's largest.
+    """
+    largest = max((value for column in columns.values() for value in column.values()), default=0.0) or 1.0
     rows = []
     for stage in (*STAGES, "other"):
-        if not any(stage in column for column in columns):
+        if not any(stage in column for column in columns.values()):
             continue
         cells = []
-        for index, column in enumerate(columns):
+        for index, column in columns.items():
             if stage not in column:
                 cells.append(f"<td>{MISSING}</td>")
                 continue
@@ -309,7 +315,7 @@ def _stage_rows(
             text = cell(column[stage], sum(column.values()))
             cells.append(f'<td>{text}<div class="meter" style="{width}"></div></td>')
         rows.append(f'<tr><th class="text">{stage}</th>{"".join(cells)}</tr>')
-    totals = "".join(f"<th>{cell(total(c.values()), sum(c.values())) if c else MISSING}</th>" for c in columns)
+    totals = "".join(f"<th>{cell(total(c.values()), sum(c.values())) if c else MISSING}</th>" for c in columns.values())
     return [*rows, f'<tr><th class="text">step</th>{totals}</tr>']
 
 
@@ -323,11 +329,14 @@ def _tokens(runs: Sequence[Run]) -> str:
         "Responses that the student sampled in training. First line: the advantage A = r − (log π_old − log π_ref) of "
         "every token. Then what each teacher adds to the reward r: (λ/K)(log π_teacher − log π_ref)."
     )
+    sampled = [index for index, run in enumerate(runs) if not run.evaluated_only]
     blocks = [
-        f'<details class="run"{" open" if index == 0 else ""}><summary>{_chip(index)} {escape(run.name)}</summary>'
-        f"{token_section(run)}</details>"
-        for index, run in enumerate(runs)
+        f'<details class="run"{" open" if index == sampled[0] else ""}><summary>{_chip(index)} '
+        f"{escape(runs[index].name)}</summary>{token_section(runs[index])}</details>"
+        for index in sampled
     ]
+    if not blocks:
+        return '<h2>Sampled responses</h2><p class="missing">No run was trained.</p>'
     return f'<h2>Sampled responses</h2><p class="caption">{caption}</p>{"".join(blocks)}'
 
 
@@ -338,8 +347,8 @@ def _table(head: str, body: Sequence[str], width: str = "full") -> str:
     )
 
 
-def _run_headers(runs: Sequence[Run], style: str) -> str:
-    return "".join(f'<th class="{style}">{_chip(index)}{escape(run.name)}</th>' for index, run in enumerate(runs))
+def _run_headers(runs: Sequence[Run], shown: Iterable[int], style: str) -> str:
+    return "".join(f'<th class="{style}">{_chip(index)}{escape(runs[index].name)}</th>' for index in shown)
 
 
 def _chip(run: int) -> str:

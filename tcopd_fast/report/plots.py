@@ -42,13 +42,17 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Series:
-    """One run's line: x and y of equal length; low and high bound a band when given; `run` picks the colour."""
+    """One run's line: x and y of equal length; low and high bound a band when given; `run` picks the colour.
+
+    level: the first value holds for every step and is drawn as a dashed line across the chart.
+    """
 
     run: int
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    level: bool = False
 
 
 def run_colour(run: int) -> str:
@@ -84,6 +88,9 @@ def curves(series: Sequence[Series], last_step: int) -> str:
 def _draw(axes: Axes, line: Series, smooth: bool, markers: bool) -> None:
     colour = run_colour(line.run)
     style = _LINE_STYLES[line.run // len(RUN_COLOURS) % len(_LINE_STYLES)]
+    if line.level:
+        axes.axhline(line.y[0], color=colour, linewidth=1.5, linestyle="--")
+        return
     y = line.y
     if line.low is not None and line.high is not None:
         axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)

@@ -14,7 +14,7 @@ _HEAD_TOKENS = 500
 _TAIL_TOKENS = 200
 _OPEN_TOKENS = 200
 _SAMPLES_PER_RUN = 4
-_SCALE_QUANTILE = 0.98
+_SCALE_QUANTILE = 0.95
 
 _POSITIVE = (37, 99, 235)
 _NEGATIVE = (217, 72, 15)
@@ -35,7 +35,7 @@ def token_style() -> str:
 def token_section(run: Run) -> str:
     """The run's kept responses: the first of the earliest step, then those of the last step.
 
-    All of them share one colour scale: the 98th percentile of |advantage| and |contribution|, in nats.
+    All of them share one colour scale: the 95th percentile of |advantage| and |contribution|, in nats.
     """
     samples = _chosen(run.tokens)
     if not samples:
@@ -90,8 +90,8 @@ def _legend(scale: float) -> str:
 def _sample(sample: Mapping[str, Any], scale: float) -> str:
     tokens = [str(token) for token in sample["tokens"]]
     shown = _shown(len(tokens))
-    correct = sample.get("correct")
-    verdict = ("right", "correct") if correct is True else ("wrong", "wrong") if correct is False else ("", "not judged")
+    verdicts = {"True": ("right", "correct"), "False": ("wrong", "wrong")}
+    style, verdict = verdicts.get(str(sample.get("correct")), ("", "not judged"))
     advantage = _numbers(sample.get("advantage"))
     average = fixed(sum(advantage) / len(advantage), sign=True) if advantage else MISSING
     facts = [f"step {sample['step']}", f"prompt {sample.get('prompt_id', MISSING)}", str(sample.get("domain", MISSING))]
@@ -102,7 +102,7 @@ def _sample(sample: Mapping[str, Any], scale: float) -> str:
         spans = _teacher_spans(entry, tokens, shown, scale)
         rows.append(_row(f"contribution of {name}", weight, spans, len(tokens) <= _OPEN_TOKENS))
     return (
-        f'<article class="sample"><header><b class="verdict {verdict[0]}">{verdict[1]}</b>'
+        f'<article class="sample"><header><b class="verdict {style}">{verdict}</b>'
         f"<span>{' · '.join(escape(fact) for fact in facts)}</span></header>"
         f'<p class="problem">{escape(sample.get("problem", ""))}</p>{"".join(rows)}</article>'
     )

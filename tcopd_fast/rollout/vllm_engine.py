@@ -45,9 +45,9 @@ class VllmEngine:
     model_path: Hugging Face id, local folder or miniature:NAME, with safetensors weights. tokenizer: decodes
     responses; its EOS and those of the checkpoint's generation config end a response. No other setting of
     that generation config (top-k, top-p, penalties, temperature) is used. dtype: "float32" or "bfloat16";
-    logits are float32 with both. max_model_len: most tokens of prompt and response together. device: the learner's;
-    on "cuda" it must be the process's current device. vocab_size: sample only from this many leading rows of
-    the head (None: from all).
+    logits are float32 with both. max_model_len: most tokens of prompt and response together. device: the
+    learner's; on "cuda" it must be the process's current device. vocab_size: sample only from this many
+    leading rows of the head (None: from all).
 
     The constructor raises RuntimeError when torch.distributed is not initialised or vLLM did not join its
     group, UserError when vLLM refuses the model or the settings. It leaves the caller's random state alone.
@@ -195,8 +195,8 @@ class VllmEngine:
 
         weights: (Hugging Face name, tensor of the full shape, any dtype and device), consumed one at a time
         and completely. A tied lm_head.weight may be present or absent. Raises RuntimeError when a parameter
-        of the model received nothing, since it would keep its old value; ValueError (from vLLM) for a name the
-        model lacks. After an error the weights are a mixture and the version is the old one.
+        of the model received nothing, since it would keep its old value; ValueError (from vLLM) for a name
+        the model lacks. After an error the weights are a mixture and the version is the old one.
         """
 
         def copy_into(model: nn.Module) -> set[str]:
@@ -233,7 +233,7 @@ class VllmEngine:
             if len(prompt.token_ids) + max_new_tokens > self._max_model_len:
                 raise UserError(
                     f"prompt {prompt.id!r} of {prompt.source}: {len(prompt.token_ids)} tokens and a response "
-                    f"of {max_new_tokens} exceed the {self._max_model_len} that the vLLM engine is built for; "
+                    f"of {max_new_tokens} exceed the {self._max_model_len} the vLLM engine is built for; "
                     "lower data.max_prompt_tokens or the response length"
                 )
 

@@ -1,17 +1,23 @@
-"""The compiled Triton kernels on a GPU: bf16, fp16 and fp32, ragged shapes, both load paths, large offsets."""
+"""The compiled Triton kernels: bf16, fp16 and fp32, ragged shapes, both load paths, large offsets."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
 from tcopd_kernels import linear_logprob, reference
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SHAPES_NVD = [(1, 5, 8), (13, 1000, 96), (64, 4099, 72), (200, 50257, 768), (515, 32003, 136), (333, 2048, 101)]
+SHAPES_NVD = [
+    (1, 5, 8),
+    (13, 1000, 96),
+    (64, 4099, 72),
+    (200, 50257, 768),
+    (515, 32003, 136),
+    (333, 2048, 101),
+]
 OPTIONS: dict[str, dict] = {
     "plain": {},
     "all": {"bias": True, "temperature": 0.7, "softcap": 10.0, "entropy": True},
@@ -35,7 +41,9 @@ def make_inputs(N, V, D, dtype, bias=False):
 def outputs_and_grads(function, hidden, weight, targets, bias, **options):
     """Outputs, and the gradients of a fixed random weighting of them, by name."""
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
-    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+    leaves = {
+        name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None
+    }
     out = function(leaves["hidden"], leaves["weight"], targets, bias=leaves.get("bias"), **options)
     outputs = {name: value for name, value in out._asdict().items() if value is not None}
     gen = torch.Generator("cuda").manual_seed(1)

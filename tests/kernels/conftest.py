@@ -1,7 +1,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tcopd_kernels import _torch, _torch_loss
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture

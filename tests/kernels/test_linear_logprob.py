@@ -219,9 +219,7 @@ def test_rows_without_upstream_gradient_leave_the_backward(monkeypatch):
     out = linear_logprob(*inputs, targets, backend="torch").logprob
     grads = torch.autograd.grad((out * mask).sum(), inputs)
     assert seen == [10]
-    expected = torch.autograd.grad(
-        linear_logprob(*inputs, targets, backend="reference").logprob[mask].sum(), inputs
-    )
+    expected = torch.autograd.grad(linear_logprob(*inputs, targets, backend="reference").logprob[mask].sum(), inputs)
     for grad, true in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, true)
 

