@@ -167,15 +167,16 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and counters into `folder`. A collective: every rank calls it."""
+        # Under a key of our own: DeepSpeed keeps counters of the same names beside the client state.
         state = {"steps_taken": self.steps_taken, "skipped_steps": self.skipped_steps}
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"tcopd": state}, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, at the same number of ranks. Raises UserError when it cannot be read."""
         path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise UserError(f"checkpoint {folder}: cannot be read; delete it to resume from the one before")
-        self.steps_taken, self.skipped_steps = state["steps_taken"], state["skipped_steps"]
+        self.steps_taken, self.skipped_steps = state["tcopd"]["steps_taken"], state["tcopd"]["skipped_steps"]
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:

@@ -354,6 +354,7 @@ def build_engine(config: Config, models: ModelSet, world: World) -> RolloutEngin
             + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0),
             seed=config.seed + world.rank,
             device=world.device,
+            vocab_size=models.vocab_size,
             trust_remote_code=config.model.trust_remote_code,
         )
     from tcopd_fast.rollout.hf import HfEngine

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tcopd_fast.config import DataConfig, PromptSourceConfig
@@ -31,11 +31,12 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character."""
+    """One token per printable ASCII character; plain text gets a leading ~, as a beginning-of-sequence token."""
     vocabulary = {chr(code): code - 32 for code in range(32, 127)} | {"<unk>": 95}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="~ $A", special_tokens=[("~", vocabulary["~"])])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", model_max_length=16)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -191,7 +192,7 @@ def test_system_prompt_suffix_and_template_arguments(tokenizer, tmp_path):
 def test_without_chat_template(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", PLAIN_ROWS)
     first = load(tokenizer, path, chat_template=False, prompt_suffix=" =").prompts[0]
-    assert text_of(tokenizer, first) == "What is 2+3? ="
+    assert text_of(tokenizer, first) == "~What is 2+3? ="
     with pytest.raises(UserError, match=r"ignores data.system_prompt"):
         load(tokenizer, path, chat_template=False, system_prompt="x")
     chat = write_jsonl(

@@ -41,7 +41,7 @@ INTERPRETER_TILE = Tile(16, 16, 16, 4, 1)
 
 # The first entry of each tuple is used where nothing may be timed. bench/offline_compile.py checks that the
 # fp16 and bf16 entries spill no registers on the architectures that use them.
-_FP32_TILES = (Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 2))
+_FP32_TILES = (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 3))
 _SMALL_N_TILES = (Tile(16, 128, 128, 4, 3), Tile(16, 64, 128, 4, 4))
 _MEDIUM_N_TILES = (Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 8, 3))
 _AMPERE_TILES = (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4))
@@ -116,7 +116,7 @@ def on_device(tensor: torch.Tensor) -> Any:
 
 
 def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` itself, whatever its row stride, if its last dimension has stride 1; else a contiguous copy."""
+    """`matrix` itself if its last dimension has stride 1, whatever its row stride; else a packed copy."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
