@@ -5,7 +5,10 @@ from __future__ import annotations
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["tcopd_fast", "tcopd_fast.*"]) + find_packages("kernels", include=["tcopd_kernels*"]),
+    packages=[
+        *find_packages(include=["tcopd_fast", "tcopd_fast.*"]),
+        *find_packages("kernels", include=["tcopd_kernels", "tcopd_kernels.*"]),
+    ],
     package_dir={"tcopd_fast": "tcopd_fast", "tcopd_kernels": "kernels/tcopd_kernels"},
-    package_data={"tcopd_fast": ["miniature/assets/**/*", "configs/*.yaml"]},
+    package_data={"tcopd_fast": ["miniature/assets/**/*", "miniature/*.yaml"]},
 )

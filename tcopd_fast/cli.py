@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcopd_fast import __version__
+from tcopd_fast.arguments import parse
 from tcopd_fast.config_io import config_help, dump_config
 from tcopd_fast.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a UserError prints its message alone and gives status 2."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parse(_parser(), argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if importlib.util.find_spec("transformers") is None:
@@ -124,7 +124,15 @@ def launch(ranks: int, words: Sequence[str]) -> int:
         # Ranks on one CPU share its cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", device_flag, str(ranks)]
-    launcher += ["--log_level", "error", "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
+    launcher += [
+        "--log_level",
+        "error",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+        "--no_local_rank",
+    ]
     # tcopd_fast may be a source tree that only the launching process has on its path.
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, os.path.join(root, "kernels"), environment.get("PYTHONPATH", "")]
@@ -148,7 +156,12 @@ def _score(arguments: argparse.Namespace) -> int:
     from tcopd_fast.commands import run_score
 
     return run_score(
-        arguments.model, Path(arguments.text), Path(arguments.out), arguments.temperature, arguments.dtype, arguments.max_tokens
+        arguments.model,
+        Path(arguments.text),
+        Path(arguments.out),
+        arguments.temperature,
+        arguments.dtype,
+        arguments.max_tokens,
     )
 
 

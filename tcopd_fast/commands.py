@@ -30,7 +30,7 @@ SCORE_ROWS = 256
 
 
 def run_eval(model: str, data: Sequence[str], out: Path, overrides: Sequence[str]) -> int:
-    """Evaluate a checkpoint on problem files; writes OUT/eval.jsonl, every sample to parquet, and prints a line a set."""
+    """Evaluate a checkpoint: OUT/eval.jsonl, every sample to parquet, and a printed line per problem set."""
     defaults = {
         "model": {"path": model, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
         "data": {"train": [{"path": path} for path in data]},
@@ -138,7 +138,11 @@ def run_score(models: Sequence[str], text: Path, out: Path, temperature: float, 
 
 @torch.inference_mode()
 def _score(
-    lm: PackedCausalLM, pairs: Sequence[tuple[list[int], list[int]]], temperature: float, budget: int, device: torch.device
+    lm: PackedCausalLM,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    temperature: float,
+    budget: int,
+    device: torch.device,
 ) -> list[list[float]]:
     out: list[list[float]] = [[] for _ in pairs]
     for group in split_by_tokens([len(context) + len(target) - 1 for context, target in pairs], budget):
@@ -216,5 +220,7 @@ def _token_pair(row: Any, number: int, path: Path, tokenizer: Any) -> tuple[list
     else:
         raise UserError(f"{path}:{number}: needs `text`, or `prompt` and `response`, as strings")
     if not context or not target:
-        raise UserError(f"{path}:{number}: nothing to score; at least one token of context and one scored token are needed")
+        raise UserError(
+            f"{path}:{number}: nothing to score; at least one token of context and one scored token are needed"
+        )
     return context, target

@@ -138,10 +138,7 @@ def _epoch_order(n_prompts: int, epoch: int, seed: int) -> np.ndarray:
 def _open(source: PromptSourceConfig) -> _Table:
     path = source.path
     if path.startswith("miniature:"):
-        try:
-            return _open_local(miniature.asset(path.removeprefix("miniature:")), source)
-        except (KeyError, FileNotFoundError) as error:
-            raise UserError(f"data source {path}: {error.args[0]}") from error
+        return _open_local(miniature.asset(path.removeprefix("miniature:")), source)
     local = Path(path).expanduser()
     looks_local = path.startswith(("/", "./", "../", "~")) or local.suffix in (".jsonl", ".json", ".parquet")
     if local.exists():

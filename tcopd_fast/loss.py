@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from tcopd_kernels import TokenLogprobs, linear_tcopd_loss
+from torch import Tensor
 
 from tcopd_fast.config import Config
 from tcopd_fast.models import PackedCausalLM

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tcopd_kernels import TokenLogprobs, linear_logprob
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from tcopd_fast import miniature
@@ -41,7 +41,7 @@ class PackedCausalLM(nn.Module):
     are padded differently share one event space.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
@@ -90,7 +90,9 @@ def resolve_path(path: str) -> str:
     if path.startswith("miniature:"):
         return str(miniature.asset(path.removeprefix("miniature:")))
     if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
-        raise UserError(f"model path {path}: no such folder; give a folder with config.json and safetensors, or a hub id")
+        raise UserError(
+            f"model path {path}: no such folder; give a folder with config.json and safetensors, or a hub id"
+        )
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
@@ -99,7 +101,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer of {path}: cannot be loaded ({_first_line(error)}); check the path or download it first") from error
+        raise UserError(
+            f"tokenizer of {path}: cannot be loaded ({_first_line(error)}); check the path or download it first"
+        ) from error
 
 
 def load_model_config(path: str, trust_remote_code: bool = False) -> Any:
@@ -107,11 +111,15 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}); check the path or download it first") from error
+        raise UserError(
+            f"model {path}: cannot be loaded ({_first_line(error)}); check the path or download it first"
+        ) from error
     text = _text_config(config)
     for key in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
         if getattr(text, key, 1.0) not in (1.0, None):
-            raise UserError(f"model {path}: config.{key}={getattr(text, key)} scales the logits, which is not supported")
+            raise UserError(
+                f"model {path}: config.{key}={getattr(text, key)} scales the logits, which is not supported"
+            )
     return config
 
 
@@ -131,7 +139,10 @@ def load_causal_lm(
     except (OSError, ValueError) as error:
         raise UserError(f"model {path}: cannot be loaded ({_first_line(error)})") from error
     if type(model.get_output_embeddings()) is not nn.Linear:
-        raise UserError(f"model {path}: the output head is {type(model.get_output_embeddings()).__name__}; only nn.Linear is supported")
+        raise UserError(
+            f"model {path}: the output head is {type(model.get_output_embeddings()).__name__}; "
+            "only a plain nn.Linear is supported (merge adapters first)"
+        )
     return PackedCausalLM(model, vocab_size)
 
 
@@ -156,7 +167,9 @@ def check_models(config: Config) -> ModelSet:
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.path, trust)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path {config.model.path}: its tokenizer has no eos_token, so a response could never end")
+        raise UserError(
+            f"model.path {config.model.path}: its tokenizer has no eos_token, so a response could never end"
+        )
     student = load_model_config(config.model.path, trust)
     rows = {"model.path": _text_config(student).vocab_size}
     for field, path in frozen_paths(config):
@@ -164,7 +177,9 @@ def check_models(config: Config) -> ModelSet:
         check_tokenizer(field, path, tokenizer, load_tokenizer(path, trust))
     for field, size in rows.items():
         if size < len(tokenizer):
-            raise UserError(f"{field}: vocabulary has {size} rows but the student's tokenizer uses {len(tokenizer)} ids")
+            raise UserError(
+                f"{field}: vocabulary has {size} rows but the student's tokenizer uses {len(tokenizer)} ids"
+            )
     smallest = min(rows.values())
     vocab_size = None if smallest == max(rows.values()) else smallest
     return ModelSet(tokenizer, vocab_size, getattr(_text_config(student), "max_position_embeddings", 1 << 30))
@@ -180,16 +195,15 @@ def frozen_paths(config: Config) -> Iterable[tuple[str, str]]:
             yield f"teachers.{name}.base", teacher.base
 
 
-def check_tokenizer(
-    field: str, path: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
-) -> None:
+def check_tokenizer(field: str, path: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
     """Refuse a model whose tokens are not the student's. Raises UserError naming `field` and the first difference."""
     remedy = "use a teacher that shares the student's tokenizer"
     mine, theirs = student.get_vocab(), other.get_vocab()
     if mine != theirs:
         token = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
         raise UserError(
-            f"{field} {path}: token {token!r} has id {theirs.get(token)} there and {mine.get(token)} in the student; {remedy}"
+            f"{field} {path}: token {token!r} has id {theirs.get(token)} there and {mine.get(token)} in the student; "
+            f"{remedy}"
         )
     if student(PROBE_TEXT)["input_ids"] != other(PROBE_TEXT)["input_ids"]:
         raise UserError(f"{field} {path}: its tokenizer splits text differently from the student's; {remedy}")

@@ -211,9 +211,7 @@ class MetricsLog:
             if resume_step is not None:
                 truncate_jsonl(path, resume_step)
             elif path.exists() and path.stat().st_size:
-                raise UserError(
-                    f"run_dir {run_dir}: already holds {path.name}; resume that run or name another folder"
-                )
+                raise UserError(f"run_dir {run_dir}: already holds {path.name}; resume that run or name another folder")
             self._files[name] = path.open("a", encoding="utf-8")
         if config.tensorboard:
             self._tensorboard = _open_tensorboard(run_dir / "tensorboard", resume_step)
@@ -391,9 +389,7 @@ class Progress:
                 TextColumn("{task.fields[phase]}", markup=False, style="dim"),
             )
             self._bar = RichProgress(*columns, console=Console(file=self._stream), transient=True)
-            self._task = self._bar.add_task(
-                "steps", total=total_steps, completed=start_step, accuracy="", phase=""
-            )
+            self._task = self._bar.add_task("steps", total=total_steps, completed=start_step, accuracy="", phase="")
             self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ take (query, key, value) of a packed row plus `cu_seq_lens_q`; every other layer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -
         positions.extend(range(len(row)))
         ids.extend(row)
         starts.append(len(ids))
-    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(starts)]
     return PackedTokens(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         position_ids=torch.tensor(positions, dtype=torch.int64),

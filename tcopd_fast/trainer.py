@@ -114,7 +114,9 @@ def train(config: Config, resume: bool = False) -> None:
             with clock.stage("data"):
                 prompts = shard(prompts_of_step(config, inputs, step), world)
                 lambdas = [
-                    lambdas_at(config, p.domain, step) for p in prompts for _ in range(config.rollout.samples_per_prompt)
+                    lambdas_at(config, p.domain, step)
+                    for p in prompts
+                    for _ in range(config.rollout.samples_per_prompt)
                 ]
             with clock.stage("rollout"):
                 rollouts = generate(config, parts, prompts, seed=sampling_seed(config.seed, step))
@@ -307,7 +309,8 @@ class _Run:
         if worst > self.config.scoring.self_check_tolerance:
             raise UserError(
                 f"scoring.self_check_tolerance={self.config.scoring.self_check_tolerance}: the student scored by "
-                f"{scorer.roles[REFERENCE]} differs from the learner by {worst:.3f} nats; check dtype and attention settings"
+                f"{scorer.roles[REFERENCE]} differs from the learner by {worst:.3f} nats; check model.dtype and "
+                "model.attention"
             )
 
 

@@ -276,7 +276,7 @@ def test_bad_sources_are_named(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "rows.csv").write_text("problem\nx\n")
     with pytest.raises(UserError, match=r"unknown file type '.csv'"):
         load(tokenizer, tmp_path / "rows.csv")
-    with pytest.raises(UserError, match="miniature asset 'nope' is unknown"):
+    with pytest.raises(UserError, match="miniature:nope: no such asset"):
         load(tokenizer, "miniature:nope")
 
 

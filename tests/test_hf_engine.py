@@ -42,7 +42,9 @@ def test_greedy_takes_the_most_likely_token(tiny):
 
 def test_samples_do_not_depend_on_batching_and_are_prompt_major(tiny):
     whole, small = sample(engine_at(tiny.student)), sample(engine_at(tiny.student, batch=4))
-    assert [(r.prompt.id, r.sample, r.token_ids) for r in whole] == [(r.prompt.id, r.sample, r.token_ids) for r in small]
+    assert [(r.prompt.id, r.sample, r.token_ids) for r in whole] == [
+        (r.prompt.id, r.sample, r.token_ids) for r in small
+    ]
     assert [(r.prompt.id, r.sample) for r in whole] == [(p.id, s) for p in PROMPTS for s in range(2)]
 
 

@@ -43,17 +43,27 @@ def test_scores_equal_each_model_on_its_own(tiny, tmp_path):
     scorer = Scorer(config, check_models(config), CPU)
     items = scorer.score(rollouts(), [{"expert": 1.5, "anti": -0.5}] * 3)
     for item in items:
-        for got, seed in ((item.ref_logprob, 0), (item.teacher_logprobs["expert"], 1), (item.teacher_logprobs["anti"], 2)):
+        for got, seed in (
+            (item.ref_logprob, 0),
+            (item.teacher_logprobs["expert"], 1),
+            (item.teacher_logprobs["anti"], 2),
+        ):
             torch.testing.assert_close(got.double(), exact(make_model(seed), item.rollout), atol=2e-5, rtol=0)
 
 
 def test_a_teacher_never_sees_samples_where_its_lambda_is_zero(tiny, tmp_path, monkeypatch):
-    config = config_for(tiny, tmp_path, objective={"lambdas": {"x": {"expert": 1.0}, "y": {"expert": 1.0, "anti": -0.5}}})
+    config = config_for(
+        tiny, tmp_path, objective={"lambdas": {"x": {"expert": 1.0}, "y": {"expert": 1.0, "anti": -0.5}}}
+    )
     scorer = Scorer(config, check_models(config), CPU)
     seen = {}
     whole = Scorer.logprobs
-    monkeypatch.setattr(Scorer, "logprobs", lambda self, key, r, i, t=None: seen.setdefault(key, list(i)) and whole(self, key, r, i, t))
-    items = scorer.score(rollouts(), [{"expert": 1.0, "anti": 0.0}, {"expert": 1.0, "anti": -0.5}, {"expert": 1.0, "anti": 0.0}])
+    monkeypatch.setattr(
+        Scorer, "logprobs", lambda self, key, r, i, t=None: seen.setdefault(key, list(i)) and whole(self, key, r, i, t)
+    )
+    items = scorer.score(
+        rollouts(), [{"expert": 1.0, "anti": 0.0}, {"expert": 1.0, "anti": -0.5}, {"expert": 1.0, "anti": 0.0}]
+    )
     assert seen[scorer.roles["anti"]] == [1]
     assert [set(item.teacher_logprobs) for item in items] == [{"expert"}, {"expert", "anti"}, {"expert"}]
 
@@ -74,7 +84,9 @@ def test_identical_checkpoints_load_once(tiny, tmp_path):
 
 
 def test_padded_vocabulary_is_handled(tiny, tmp_path):
-    config = config_for(tiny, tmp_path, teachers={"expert": {"path": str(tiny.padded)}, "anti": {"path": str(tiny.anti)}})
+    config = config_for(
+        tiny, tmp_path, teachers={"expert": {"path": str(tiny.padded)}, "anti": {"path": str(tiny.anti)}}
+    )
     models = check_models(config)
     assert models.vocab_size == 24
     item = Scorer(config, models, CPU).score(rollouts((4,)), [{"expert": 1.0, "anti": 0.0}])[0]
@@ -94,13 +106,17 @@ def test_other_token_ids_are_refused(tiny, tmp_path):
     swapped[5], swapped[6] = swapped[6], swapped[5]
     folder = copy_of(tiny, tmp_path, make_tokenizer(characters=tuple(swapped)))
     with pytest.raises(UserError, match=r"teachers\.expert\.path .*token '2' has id 6 there and 5 in the student"):
-        check_models(config_for(tiny, tmp_path, teachers={"expert": {"path": str(folder)}, "anti": {"path": str(tiny.anti)}}))
+        check_models(
+            config_for(tiny, tmp_path, teachers={"expert": {"path": str(folder)}, "anti": {"path": str(tiny.anti)}})
+        )
 
 
 def test_another_end_of_sequence_is_refused(tiny, tmp_path):
     folder = copy_of(tiny, tmp_path, make_tokenizer(eos="<pad>"))
     with pytest.raises(UserError, match="eos is '<pad>' there and '<eos>' in the student"):
-        check_models(config_for(tiny, tmp_path, teachers={"expert": {"path": str(folder)}, "anti": {"path": str(tiny.anti)}}))
+        check_models(
+            config_for(tiny, tmp_path, teachers={"expert": {"path": str(folder)}, "anti": {"path": str(tiny.anti)}})
+        )
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tiny, tmp_path):
@@ -108,12 +124,18 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tiny, tmp_path):
     make_model(1, vocab_rows=12).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     with pytest.raises(UserError, match=r"teachers\.expert\.path: vocabulary has 12 rows"):
-        check_models(config_for(tiny, tmp_path, teachers={"expert": {"path": str(folder)}, "anti": {"path": str(tiny.anti)}}))
+        check_models(
+            config_for(tiny, tmp_path, teachers={"expert": {"path": str(folder)}, "anti": {"path": str(tiny.anti)}})
+        )
 
 
 def test_a_missing_checkpoint_is_named(tiny, tmp_path):
     with pytest.raises(UserError, match="model path /no/such/model: no such folder"):
-        check_models(config_for(tiny, tmp_path, teachers={"expert": {"path": "/no/such/model"}, "anti": {"path": str(tiny.anti)}}))
+        check_models(
+            config_for(
+                tiny, tmp_path, teachers={"expert": {"path": "/no/such/model"}, "anti": {"path": str(tiny.anti)}}
+            )
+        )
 
 
 def test_pickled_weights_are_not_loaded(tiny, tmp_path):

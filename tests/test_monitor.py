@@ -184,7 +184,10 @@ def test_resume_cuts_every_file_and_goes_on(tmp_path: Path) -> None:
     log.log(4, {"loss/value": 40})
     log.close()
     assert [(row["step"], row["loss/value"]) for row in lines(tmp_path / "metrics.jsonl")] == [
-        (1, 1), (2, 2), (3, 3), (4, 40),
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
     ]
     assert [row["step"] for row in lines(tmp_path / "eval.jsonl")] == [1, 2, 3]
     assert [row["step"] for row in lines(tmp_path / "token_samples.jsonl")] == [1, 1, 2, 2, 3, 3]
@@ -296,8 +299,17 @@ def test_step_line() -> None:
 
 
 def test_eval_line() -> None:
-    record = {"step": 40, "set": "held", "k": 8, "mean_at_k": 0.5, "standard_error": 0.01, "pass_at_k": 0.8,
-              "response_length_mean": 14.0, "truncation_rate": 0.0, "reverse_kl": {"expert": 0.1}}
+    record = {
+        "step": 40,
+        "set": "held",
+        "k": 8,
+        "mean_at_k": 0.5,
+        "standard_error": 0.01,
+        "pass_at_k": 0.8,
+        "response_length_mean": 14.0,
+        "truncation_rate": 0.0,
+        "reverse_kl": {"expert": 0.1},
+    }
     assert format_eval(record) == (
         "eval at step 40  held  mean@8 0.500 ± 0.010  pass@8 0.800  length 14.0  truncated 0.000  kl(expert) 0.100"
     )

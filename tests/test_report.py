@@ -186,8 +186,19 @@ def test_page_holds_the_numbers_of_every_run(tmp_path: Path) -> None:
         assert expected in page.text
     assert "930 MiB" in page.text
     charts = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
-    for wanted in ("chains", "digits", "Rollout accuracy", "Response length", "KL to expert", "KL to anti",
-                   "Entropy", "Reward", "Advantage", "Effective sample size", "Gradient norm"):
+    for wanted in (
+        "chains",
+        "digits",
+        "Rollout accuracy",
+        "Response length",
+        "KL to expert",
+        "KL to anti",
+        "Entropy",
+        "Reward",
+        "Advantage",
+        "Effective sample size",
+        "Gradient norm",
+    ):
         assert any(wanted in chart for chart in charts), wanted
 
 

@@ -108,9 +108,7 @@ def test_reference_drops_out_when_weights_sum_to_one(lambdas):
     torch.testing.assert_close(advantages(config, [item])[0], advantages(config, [without])[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "options", [{"logratio_clamp": 1.0}, {"ref_kl_coef": 0.1}, {"scoring": {}}, {"bases": ("a",)}]
-)
+@pytest.mark.parametrize("options", [{"logratio_clamp": 1.0}, {"ref_kl_coef": 0.1}, {"scoring": {}}, {"bases": ("a",)}])
 def test_reference_is_kept_when_something_else_needs_it(options):
     options = {"scoring": {"skip_unused_reference": True}, **options}
     assert not reference_cancels(config_with({"a": 1.0}, ("a",), **options), {"a": 1.0})
@@ -120,7 +118,9 @@ def test_per_domain_tables_route_each_sample():
     config = config_with({"math": {"a": 1.5, "b": -0.5}, "code": {"b": 2.0}})
     items = [scored(3, 4, ["a", "b"], "math"), scored(4, 2, ["b"], "code")]
     math_advantage, code_advantage = advantages(config, items)
-    torch.testing.assert_close(math_advantage.double(), oracle_advantage(items[0], {"a": 1.5, "b": -0.5}, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        math_advantage.double(), oracle_advantage(items[0], {"a": 1.5, "b": -0.5}, 2), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(code_advantage.double(), oracle_advantage(items[1], {"b": 2.0}, 1), atol=1e-5, rtol=0)
 
 

@@ -38,9 +38,7 @@ def test_ranks_stages_and_microbatches_do_not_change_the_gradient(tiny, tmp_path
     weights, metrics = {}, {}
     for name, (size, learner) in variants.items():
         run_dir = tmp_path / name
-        tree = tiny.tree(
-            run_dir, rollout={"prompts_per_step": 7}, learner={**SENSITIVE, **learner, "minibatches": 2}
-        )
+        tree = tiny.tree(run_dir, rollout={"prompts_per_step": 7}, learner={**SENSITIVE, **learner, "minibatches": 2})
         run(["--config", str(write_config(tmp_path / f"{name}.yaml", tree))], size)
         weights[name], metrics[name] = exported(tmp_path, run_dir), lines(run_dir / "metrics.jsonl")
     start_weights = {k: v.clone() for k, v in weights["one_rank"].items()}

@@ -124,9 +124,7 @@ def tied_scenario(engine: Any, rank: int, folder: Path, seen: dict[str, Any]) ->
     prompts = prompts_of(rank)
 
     def sample(samples: int = 8, new: int = 20, temperature: float = 1.0, seed: int = 7) -> list[Any]:
-        rollouts = engine.generate(
-            prompts, samples=samples, max_new_tokens=new, temperature=temperature, seed=seed
-        )
+        rollouts = engine.generate(prompts, samples=samples, max_new_tokens=new, temperature=temperature, seed=seed)
         return [as_record(rollout) for rollout in rollouts]
 
     order: list[list[Any]] = []
@@ -162,9 +160,7 @@ def tied_scenario(engine: Any, rank: int, folder: Path, seen: dict[str, Any]) ->
         raise KeyError("stop here")
 
     seen["interrupted"] = message_of(
-        lambda: engine.generate(
-            prompts, samples=8, max_new_tokens=20, temperature=1.0, seed=9, on_finished=interrupt
-        )
+        lambda: engine.generate(prompts, samples=8, max_new_tokens=20, temperature=1.0, seed=9, on_finished=interrupt)
     )
     seen["after_interrupt"] = sample()
 
@@ -284,9 +280,7 @@ def largest_error(
 
 @pytest.mark.parametrize("rank", range(RANKS))
 @pytest.mark.parametrize(("name", "temperature"), [("t1", 1.0), ("t07", 0.7), ("greedy", 1.0)])
-def test_logprobs_are_those_of_the_model(
-    seen: Any, models: Any, rank: int, name: str, temperature: float
-) -> None:
+def test_logprobs_are_those_of_the_model(seen: Any, models: Any, rank: int, name: str, temperature: float) -> None:
     records = seen[rank][name]
     assert largest_error(models["tied"], rank, records, temperature) < TOLERANCE
     assert {record["dtype"] for record in records} == {"torch.float32"}
@@ -331,9 +325,7 @@ def test_second_engine_in_the_same_process(seen: Any, models: Any, rank: int) ->
 
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_vocabulary_is_cut_only_on_request(seen: Any, models: Any, rank: int) -> None:
-    cut = [
-        token for name in ("untied", "untied_synced") for r in seen[rank][name] for token in r["token_ids"]
-    ]
+    cut = [token for name in ("untied", "untied_synced") for r in seen[rank][name] for token in r["token_ids"]]
     assert max(cut) < UNTIED_VOCABULARY
     assert max(token for record in seen[rank]["t1"] for token in record["token_ids"]) >= UNTIED_VOCABULARY
     assert largest_error(models["untied"], rank, seen[rank]["untied"], 1.0) > 0.1

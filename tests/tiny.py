@@ -18,7 +18,9 @@ def make_tokenizer(eos: str = "<eos>", characters: tuple[str, ...] = CHARACTERS)
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), behavior="isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token=eos, unk_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
     return tokenizer
 
 
@@ -34,7 +36,7 @@ def make_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=32,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         eos_token_id=1,
@@ -75,5 +77,7 @@ class Tiny:
             "logging": {"tensorboard": False},
         }
         for name, value in sections.items():
-            tree[name] = {**tree[name], **value} if isinstance(value, dict) and isinstance(tree.get(name), dict) else value
+            tree[name] = (
+                {**tree[name], **value} if isinstance(value, dict) and isinstance(tree.get(name), dict) else value
+            )
         return tree

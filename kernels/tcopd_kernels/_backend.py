@@ -34,9 +34,11 @@ def _triton_obstacle(tensor: torch.Tensor) -> str | None:
     if tensor.dtype == torch.float64:
         return "the Triton kernels do not take float64"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {tensor.device}, and Triton needs a CUDA or ROCm device"
+        return f"the tensors are on {tensor.device}, and Triton needs a CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if tensor.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(tensor.device) < (8, 0)):
+        return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or later"
     return None
 
 

@@ -69,9 +69,7 @@ def dlogits_kernel(
     Grid: row blocks × column blocks of the chunk. bias_parts: [row blocks, chunk width].
     """
     width = chunk_end - chunk_start
-    row_block, col_block = grouped_block(
-        tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_ROWS
-    )
+    row_block, col_block = grouped_block(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_ROWS)
     row0 = row_block * BLOCK_M
     col0 = chunk_start + col_block * BLOCK_N
     x = logits_tile(
@@ -157,9 +155,7 @@ def backward(
     """
     check_operands(hidden, weight)
     if grad_entropy is not None and entropy is None:
-        raise ValueError(
-            "grad_entropy needs the entropy that the forward computes with entropy=True; got None"
-        )
+        raise ValueError("grad_entropy needs the entropy that the forward computes with entropy=True; got None")
     N, V = hidden.shape[0], weight.shape[0]
     allocate = torch.empty_like if N > 0 else torch.zeros_like
     layout = torch.contiguous_format
@@ -176,9 +172,7 @@ def backward(
         for start in range(0, V, chunk):
             end = min(start + chunk, V)
             dlogits = workspace[:, : end - start]
-            bias_parts = _fill_dlogits(
-                dlogits, head, terms, start, end, scale, bias_grad=grad_bias is not None
-            )
+            bias_parts = _fill_dlogits(dlogits, head, terms, start, end, scale, bias_grad=grad_bias is not None)
             if grad_hidden is not None:
                 grad_hidden += _matmul_fp32(dlogits, weight[start:end])
             if grad_weight is not None:

@@ -103,9 +103,7 @@ def pick_tile(
     if key not in _chosen_tiles:
         if torch.cuda.is_current_stream_capturing():
             return tiles[0]
-        times_ms = [
-            triton.testing.do_bench(lambda tile=tile: launch(tile), warmup=5, rep=20) for tile in tiles
-        ]
+        times_ms = [triton.testing.do_bench(lambda tile=tile: launch(tile), warmup=5, rep=20) for tile in tiles]
         _chosen_tiles[key] = tiles[times_ms.index(min(times_ms))]
     return _chosen_tiles[key]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tcopd_fast.config import nearest
+from tcopd_fast.errors import UserError
+
 ASSETS = Path(__file__).parent / "assets"
 _FILES = {
     "base": "base",
@@ -19,14 +22,11 @@ _FILES = {
 def asset(name: str) -> Path:
     """Return the path of a shipped checkpoint folder or problem file.
 
-    Raises KeyError for an unknown name and FileNotFoundError if the asset was not installed.
+    Raises UserError for an unknown name and for an asset that was not installed.
     """
     if name not in _FILES:
-        raise KeyError(f"miniature asset {name!r} is unknown; choose one of {', '.join(_FILES)}")
+        raise UserError(f"miniature:{name}: no such asset{nearest(name, _FILES)}")
     path = ASSETS / _FILES[name]
     if not path.exists():
-        raise FileNotFoundError(
-            f"miniature asset {name!r} is missing at {path}; rebuild it with "
-            f"`python -m tcopd_fast.miniature.build {ASSETS}`"
-        )
+        raise UserError(f"miniature:{name}: missing at {path}; rebuild it with `tcopd miniature build --out {ASSETS}`")
     return path

@@ -262,7 +262,7 @@ def _stages(runs: Sequence[Run]) -> str:
         f'<h2>Time and memory by stage</h2><p class="caption">{caption}</p>{_stage_bars(runs, times)}'
         f'<div class="pair"><section><h3>Time per step</h3>{_table(head, _stage_rows(times, _time_cell, sum), "auto")}'
         f"</section><section><h3>Peak memory</h3>"
-        f'{_table(head, _stage_rows(peaks, lambda value, _: size(value), max), "auto")}</section></div>'
+        f"{_table(head, _stage_rows(peaks, lambda value, _: size(value), max), 'auto')}</section></div>"
     )
 
 

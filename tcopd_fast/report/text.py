@@ -24,9 +24,7 @@ def visible(text: str, keep: str = "") -> str:
 
     The ordinary space and the characters in `keep` stay.
     """
-    return "".join(
-        f"⟨U+{ord(char):04X}⟩" if char not in keep and _is_invisible(char) else char for char in text
-    )
+    return "".join(f"⟨U+{ord(char):04X}⟩" if char not in keep and _is_invisible(char) else char for char in text)
 
 
 def _is_invisible(char: str) -> bool:

@@ -137,9 +137,7 @@ def _advantage_spans(
     return "".join(_gap(len(tokens)) if index is None else spans(index) for index in shown)
 
 
-def _teacher_spans(
-    entry: Mapping[str, Any], tokens: Sequence[str], shown: Sequence[int | None], scale: float
-) -> str:
+def _teacher_spans(entry: Mapping[str, Any], tokens: Sequence[str], shown: Sequence[int | None], scale: float) -> str:
     def spans(index: int) -> str:
         value = _at(entry, "contribution", index)
         numbers = (

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
 from tcopd_fast.models import DTYPES, resolve_path
-from tcopd_fast.types import Prompt, Rollout
+from tcopd_fast.types import FinishReason, Prompt, Rollout
 
 # Rows of finished sequences are dropped from the KV cache once they are this share of it: dropping copies
 # the cache, so it has to pay for itself.
@@ -91,11 +91,17 @@ class HfEngine:
         order = sorted(rows, key=lambda row: (len(row.prompt.token_ids), row.index))
         done: dict[int, Rollout] = {}
 
-        def finish(row: _Row, reason: str) -> None:
+        def finish(row: _Row, reason: FinishReason) -> None:
             text = self.tokenizer.decode(row.ids, skip_special_tokens=True)
             logprobs = torch.tensor(row.logprobs, dtype=torch.float32)
             done[row.index] = Rollout(
-                row.prompt, row.sample, tuple(row.ids), logprobs, reason, self.version, text  # type: ignore[arg-type]
+                row.prompt,
+                row.sample,
+                tuple(row.ids),
+                logprobs,
+                reason,
+                self.version,
+                text,
             )
             if on_finished is not None:
                 on_finished(done[row.index])
@@ -106,7 +112,7 @@ class HfEngine:
 
     @torch.inference_mode()
     def _decode(
-        self, rows: list[_Row], max_new_tokens: int, temperature: float, finish: Callable[[_Row, str], None]
+        self, rows: list[_Row], max_new_tokens: int, temperature: float, finish: Callable[[_Row, FinishReason], None]
     ) -> None:
         longest = max(len(row.prompt.token_ids) for row in rows)
         ids_BT = torch.zeros((len(rows), longest), dtype=torch.int64)

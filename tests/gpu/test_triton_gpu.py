@@ -41,9 +41,7 @@ def make_inputs(N, V, D, dtype, bias=False):
 def outputs_and_grads(function, hidden, weight, targets, bias, **options):
     """Outputs, and the gradients of a fixed random weighting of them, by name."""
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
-    leaves = {
-        name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None
-    }
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
     out = function(leaves["hidden"], leaves["weight"], targets, bias=leaves.get("bias"), **options)
     outputs = {name: value for name, value in out._asdict().items() if value is not None}
     gen = torch.Generator("cuda").manual_seed(1)

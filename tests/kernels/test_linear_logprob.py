@@ -215,23 +215,35 @@ def test_rows_without_upstream_gradient_leave_the_backward(monkeypatch):
     seen = []
     original = _torch.backward
     monkeypatch.setattr(_torch, "backward", lambda h, *a, **k: seen.append(len(h)) or original(h, *a, **k))
-    mask = torch.arange(40) % 4 == 0
-    out = linear_logprob(*inputs, targets, backend="torch").logprob
-    grads = torch.autograd.grad((out * mask).sum(), inputs)
-    assert seen == [10]
-    expected = torch.autograd.grad(linear_logprob(*inputs, targets, backend="reference").logprob[mask].sum(), inputs)
-    for grad, true in zip(grads, expected, strict=True):
+    rows = torch.arange(40)
+
+    def objective(backend):
+        """Row 0, 4, … matter through the logprob, row 1, 5, … through the entropy, the others not at all."""
+        out = linear_logprob(*inputs, targets, entropy=True, backend=backend)
+        return (out.logprob * (rows % 4 == 0)).sum() + (out.entropy * (rows % 4 == 1)).sum()
+
+    grads = torch.autograd.grad(objective("torch"), inputs)
+    assert seen == [20]
+    for grad, true in zip(grads, torch.autograd.grad(objective("reference"), inputs), strict=True):
         torch.testing.assert_close(grad, true)
 
 
-def test_fp16_gradients_survive_a_tiny_upstream():
-    """1/token_count times a probability underflows fp16, so it must not be stored in fp16 on the way."""
+def test_fp16_gradients_survive_a_tiny_upstream(small_tiles, half_operands):
+    """1/token_count times a probability underflows fp16, so dlogits must be scaled before they become operands."""
     hidden, weight, _, targets = make_problem(16, 300, 8)
     inputs = leaves((hidden, weight), torch.float16)
-    out = linear_logprob(*inputs, targets, backend="torch")
-    small = torch.autograd.grad((out.logprob * 2.0**-14).sum(), inputs, retain_graph=True)
-    large = torch.autograd.grad(out.logprob.sum(), inputs)
-    torch.testing.assert_close(small[0].float() * 2.0**14, large[0].float(), rtol=0.01, atol=2e-3)
+    out = linear_logprob(*inputs, targets, entropy=True, backend="torch")
+    objective = out.logprob.sum() + out.entropy.sum()
+    small = torch.autograd.grad(objective * 2.0**-12, inputs, retain_graph=True)
+    large = torch.autograd.grad(objective, inputs)
+    for a, b in zip(small, large, strict=True):
+        torch.testing.assert_close(a.float() * 2.0**12, b.float(), rtol=1e-3, atol=2.0**-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_operands_keep_the_error_bound(small_tiles, half_operands, dtype):
+    """The GPU form, whose dlogits are rounded to the operand dtype before the gradient GEMMs."""
+    test_error_is_at_most_twice_that_of_torch(None, "torch", dtype, True, 1.3, 5.0)
 
 
 def test_autocast_does_not_lower_the_precision():

@@ -58,6 +58,12 @@ def test_error_is_at_most_twice_that_of_torch(small_tiles, backend, dtype, off_p
         assert_no_worse_than_torch(value.detach(), torch_value.detach(), true.detach(), name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_operands_keep_the_error_bound(small_tiles, half_operands, dtype):
+    """The GPU form, whose dlogits are rounded to the operand dtype before the gradient GEMMs."""
+    test_error_is_at_most_twice_that_of_torch(None, "torch", dtype, True)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("from_reward", [False, True])
 def test_equals_reference_in_float64(small_tiles, softcap, from_reward):
@@ -217,7 +223,7 @@ def test_loss_is_independent_of_the_split_into_micro_batches():
 
 
 @pytest.mark.parametrize("weight_scale", [1.0, 1e-7])
-def test_fp16_gradients_survive_a_loss_scale(weight_scale):
+def test_fp16_gradients_survive_a_loss_scale(small_tiles, half_operands, weight_scale):
     """A token weight under the smallest fp16 number must come through when the loss is scaled up afterwards."""
     hidden, weight, _, targets = make_problem(16, 300, 8)
     inputs = leaves((hidden, weight), torch.float16)
@@ -226,7 +232,7 @@ def test_fp16_gradients_survive_a_loss_scale(weight_scale):
     grads = torch.autograd.grad(loss / weight_scale, inputs)
     logprob = linear_logprob(*inputs, targets, backend="reference").logprob
     for grad, true in zip(grads, torch.autograd.grad(-logprob.sum(), inputs), strict=True):
-        torch.testing.assert_close(grad.float(), true.float(), rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(grad.float(), true.float(), rtol=4e-3, atol=4e-4)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,7 @@ DEFAULT_TILE = "/bf16/plain/tma/128x128x64/"
 def run_python(*args):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)])
-    return subprocess.run(
-        [sys.executable, *args], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_sm90_kernels_use_wgmma_and_tma_without_spills(tmp_path):

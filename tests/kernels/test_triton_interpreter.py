@@ -76,9 +76,7 @@ def run_triton(hidden, weight, targets, bias, upstream, **options):
 
 def run_float64(hidden, weight, targets, bias, upstream, **options):
     wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
-    return outputs_and_grads(
-        reference.linear_logprob, wide[0], wide[1], targets, wide[2], upstream, **options
-    )
+    return outputs_and_grads(reference.linear_logprob, wide[0], wide[1], targets, wide[2], upstream, **options)
 
 
 def plain_torch(hidden, weight, targets, *, bias, temperature=1.0, softcap=None, entropy=False):
@@ -106,9 +104,7 @@ def assert_as_good_as_torch(hidden, weight, targets, bias, upstream, grad_floor=
     for name, exact in oracle.items():
         is_grad = name.startswith("grad_")
         theirs = same[name] if is_grad else wide[name]
-        limit = (
-            2 * (theirs - exact).abs().max() + (grad_floor if is_grad else 2e-6) * exact.abs().max() + 1e-7
-        )
+        limit = 2 * (theirs - exact).abs().max() + (grad_floor if is_grad else 2e-6) * exact.abs().max() + 1e-7
         error = (ours[name] - exact).abs().max()
         assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"  # false for NaN
         assert ours[name].dtype == (hidden.dtype if is_grad else torch.float32)
@@ -149,9 +145,7 @@ class TestInterpreted:
         for name in ("hidden", "weight", "bias"):
             leaves = {"hidden": hidden, "weight": weight, "bias": bias}
             leaves[name] = leaves[name].clone().requires_grad_()
-            out = linear_logprob(
-                leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], backend="triton"
-            )
+            out = linear_logprob(leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], backend="triton")
             (out.logprob * make_upstream(19)["logprob"]).sum().backward()
             assert torch.equal(leaves[name].grad, every[f"grad_{name}"])
 
@@ -169,9 +163,7 @@ class TestInterpreted:
     def test_all_logits_far_from_zero(self, offset):
         hidden, weight, targets, bias = make_inputs(17, 45, 16, bias=True)
         upstream = make_upstream(17)
-        assert_as_good_as_torch(
-            hidden, weight, targets, bias + offset, upstream, grad_floor=2e-3, entropy=True
-        )
+        assert_as_good_as_torch(hidden, weight, targets, bias + offset, upstream, grad_floor=2e-3, entropy=True)
 
     def test_columns_with_minus_infinite_bias_have_no_probability(self):
         hidden, weight, targets, bias = make_inputs(17, 45, 16, bias=True)
@@ -218,9 +210,7 @@ class TestInterpreted:
             hidden_view.copy_(hidden)
             weight_view.copy_(weight)
             upstream = {k: g.repeat_interleave(2)[::2] for k, g in make_upstream(N).items()}
-            found = run_triton(
-                hidden_view, weight_view, strided_targets, strided_bias, upstream, entropy=True
-            )
+            found = run_triton(hidden_view, weight_view, strided_targets, strided_bias, upstream, entropy=True)
             assert all(torch.allclose(found[k], expected[k], rtol=1e-5, atol=1e-6) for k in expected), name
 
     def test_ignored_rows_and_rows_without_gradient(self):
@@ -296,9 +286,7 @@ class TestInterpreted:
         with pytest.raises(TypeError, match="interpreter"):
             check_operands(torch.ones(2, 3).bfloat16(), torch.ones(4, 3).bfloat16())
 
-    @pytest.mark.parametrize(
-        "N, V, itemsize", [(1, 5, 4), (8192, 131072, 2), (8192, 50257, 4), (10**6, 262144, 2)]
-    )
+    @pytest.mark.parametrize("N, V, itemsize", [(1, 5, 4), (8192, 131072, 2), (8192, 50257, 4), (10**6, 262144, 2)])
     def test_chunks_are_even_and_bounded(self, N, V, itemsize):
         from tcopd_kernels._triton_backward import MIN_CHUNK, WORKSPACE_BYTES, chunk_columns
 
@@ -309,9 +297,7 @@ class TestInterpreted:
         if N == 8192 and V == 131072:
             assert chunk == 16384
 
-    @pytest.mark.parametrize(
-        "row_blocks, tiles, processors", [(64, 1024, 132), (1, 7, 132), (1, 1, 8), (999, 64, 108)]
-    )
+    @pytest.mark.parametrize("row_blocks, tiles, processors", [(64, 1024, 132), (1, 7, 132), (1, 1, 8), (999, 64, 108)])
     def test_splits_cover_the_vocabulary_and_keep_the_gpu_busy(self, row_blocks, tiles, processors):
         from tcopd_kernels._triton_forward import vocab_splits
 
