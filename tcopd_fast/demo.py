@@ -9,7 +9,7 @@ from pathlib import Path
 from tcopd_fast.commands import run_eval
 from tcopd_fast.config_io import load_config
 from tcopd_fast.errors import UserError
-from tcopd_fast.report import format_table, summary_table, write_report
+from tcopd_fast.report import format_short_table, summary_table, write_report
 
 CONFIG = Path(__file__).parent / "miniature" / "miniature.yaml"
 RUNS = {"g_opd": ["objective.lambdas.anti_expert=0"], "tc_opd": []}
@@ -47,7 +47,7 @@ def run_demo(out: Path, steps: int | None) -> int:
             return status
     runs = [out / name for name in (*RUNS, *BASELINES)]
     report = write_report(runs, out / "report.html")
-    print(format_table(summary_table(runs)))
+    print(format_short_table(summary_table(runs), teacher=next(iter(BASELINES))))
     print(f"demo finished in {(time.monotonic() - began) / 60:.1f} min; report: {report.resolve()}")
     return 0
 

@@ -115,9 +115,10 @@ class Learner:
                     self.steps_taken += 1
                     skipped += not self.engine.was_step_applied()
         self.skipped_steps += skipped
-        return UpdateResult(
-            sums, ratio_max, [old[i] for i in range(rollouts)], float(self.engine.get_global_grad_norm()), lr, skipped
-        )
+        norm = self.engine.get_global_grad_norm()
+        # DeepSpeed has no norm, or a stale one, for a step it skipped.
+        grad_norm = float("nan") if norm is None or not self.engine.was_step_applied() else float(norm)
+        return UpdateResult(sums, ratio_max, [old[i] for i in range(rollouts)], grad_norm, lr, skipped)
 
     def _forward_backward(self, batch: Batch, old: dict[int, Tensor], clock: StageClock) -> dict[str, float]:
         device = self.world.device

@@ -107,6 +107,7 @@ def train(config: Config, resume: bool = False) -> None:
     world.barrier()
     with _assemble(config, inputs, world, start, resume) as run:
         parts = run.parts
+        parts.progress.message(describe(config, inputs, parts, start))
         if start == 0 and config.eval.at_start:
             evaluate_now(config, inputs, parts, step=0)
         for step in range(start, config.steps):
@@ -141,6 +142,15 @@ def train(config: Config, resume: bool = False) -> None:
             )
             run.report_step(step + 1, metrics, samples)
             run.finish_step(step + 1)
+
+
+def describe(config: Config, inputs: Inputs, parts: Parts, start: int) -> str:
+    """The line that opens a run's output."""
+    dropped = f", {inputs.dropped_overlong} dropped as too long" if inputs.dropped_overlong else ""
+    return (
+        f"{'resuming after' if start else 'starting at'} step {start} of {config.steps}: {len(inputs.prompts)} prompts"
+        f"{dropped}, {len(parts.scorer.models)} frozen models, {parts.world.size} rank(s), {config.rollout.engine} rollout"
+    )
 
 
 def needs_old_logprobs(config: Config) -> bool:
@@ -278,6 +288,10 @@ class _Run:
         self.parts.log.log_tokens(samples)
         self.parts.log.log(step, metrics)
         self.parts.progress.step(step, metrics)
+        if metrics["learner/skipped_steps"]:
+            self.parts.progress.message(
+                f"step {step}: {metrics['learner/skipped_steps']:.0f} optimizer step(s) skipped, gradient not finite"
+            )
 
     def finish_step(self, step: int) -> None:
         """Evaluate and save when it is time to."""

@@ -167,7 +167,8 @@ def test_export_loads_in_transformers_and_is_the_trained_student(finished, tiny,
     assert any((trained[k] - first[k]).abs().max() > 1e-4 for k in first)
 
 
-def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(tiny, tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(tiny, tmp_path, stage):
     from transformers import AutoModelForCausalLM
 
     broken = tmp_path / "broken"
@@ -178,8 +179,10 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(tiny, tmp_path
 
     make_tokenizer().save_pretrained(broken)
     run_dir = tmp_path / "run"
-    tree = tiny.tree(run_dir, teachers={"expert": {"path": str(broken)}, "anti": {"path": str(tiny.anti)}})
-    run(["--config", str(write_config(tmp_path / "c.yaml", tree))])
+    teachers = {"expert": {"path": str(broken)}, "anti": {"path": str(tiny.anti)}}
+    tree = tiny.tree(run_dir, teachers=teachers, learner={"zero_stage": stage})
+    output = run(["--config", str(write_config(tmp_path / "c.yaml", tree))])
+    assert "1 optimizer step(s) skipped, gradient not finite" in output
     rows = lines(run_dir / "metrics.jsonl")
     assert [row["learner/skipped_steps"] for row in rows] == [1, 1]
     first, last = load_start(tiny), exported(tmp_path, run_dir)

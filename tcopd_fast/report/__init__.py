@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from tcopd_fast.report.collect import summary_table
 from tcopd_fast.report.page import write_report
-from tcopd_fast.report.text import format_table
+from tcopd_fast.report.text import format_short_table, format_table
 
-__all__ = ["format_table", "summary_table", "write_report"]
+__all__ = ["format_short_table", "format_table", "summary_table", "write_report"]

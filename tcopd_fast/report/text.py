@@ -98,10 +98,34 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns += [(title, "", [_count(row[title]) for row in rows]) for title in ("problems", "k")]
     columns += [("T", "", [MISSING if row["temperature"] is None else f"{row['temperature']:g}" for row in rows])]
     columns += summary_columns(rows)
+    return _aligned(columns)
+
+
+def format_short_table(rows: Sequence[Mapping[str, Any]], teacher: str) -> str:
+    """The rows of one evaluation setting, narrow enough for a terminal; the setting becomes the first line.
+
+    teacher: whose reverse KL is shown.
+    """
+    first = rows[0]
+    caption = f"{first['set']}: {first['problems']} problems × {first['k']} samples at T={first['temperature']:g}"
+    columns = [
+        ("run", "", [str(row["run"]) for row in rows]),
+        ("mean@k", "%", [percent_pm(row["mean_at_k"], row["standard_error"]) for row in rows]),
+        ("before", "%", [percent(row["start"]) for row in rows]),
+        ("pass@k", "%", [percent(row["pass_at_k"]) for row in rows]),
+        ("length", "", [fixed(row["response_length"], 1) for row in rows]),
+        (f"KL to {teacher}", "nats", [fixed(row["reverse_kl"].get(teacher)) for row in rows]),
+        ("step", "", [seconds(row["time_s_per_step"]) for row in rows]),
+    ]
+    return f"{caption}\n{_aligned(columns)}"
+
+
+def _aligned(columns: Sequence[tuple[str, str, list[str]]]) -> str:
+    """(title, unit, cells) columns as plain text."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, (title, unit, _) in enumerate(columns):
+    for title, unit, _ in columns:
         heading = f"{title}, {unit}" if unit else title
-        table.add_column(Text(heading), justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(Text(heading), justify="left" if title in ("run", "set") else "right", no_wrap=True)
     for cells in zip(*(cells for _, _, cells in columns), strict=True):
         table.add_row(*(Text(visible(cell)) for cell in cells))
     stream = StringIO()
