@@ -136,7 +136,7 @@ class ScoringConfig(Section):
     skip_unused_reference: bool = False
     """Do not run the reference when the signed weights make it cancel (Σλ/K = 1); its metrics vanish then."""
     self_check_tolerance: PositiveFloat = 0.05
-    """Largest |Δ logprob| between the learner's forward and the same weights as a frozen model, in nats."""
+    """Largest mean |Δ logprob| per token between the learner and the same weights as a frozen model, in nats."""
 
 
 class ObjectiveConfig(Section):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tcopd_fast import evaluate, rundir
 from tcopd_fast.batch import build_minibatches, shard
@@ -24,8 +25,8 @@ from tcopd_fast.models import ModelSet, check_models
 from tcopd_fast.monitor import MetricsLog, Progress, StageClock
 from tcopd_fast.reward import compute_reward, lambdas_at
 from tcopd_fast.rollout import RolloutEngine
-from tcopd_fast.scoring import REFERENCE, Scorer
-from tcopd_fast.types import Prompt, Rollout
+from tcopd_fast.scoring import Scorer
+from tcopd_fast.types import Prompt, Rollout, ScoredRollout
 from tcopd_fast.verify import Judge
 from tcopd_fast.weight_sync import sync_weights
 
@@ -133,7 +134,7 @@ def train(config: Config, resume: bool = False) -> None:
             with clock.stage("weight_sync"):
                 version = sync_weights(parts.learner, parts.engine, step + 1)
             if step == 0:
-                run.self_check(scored, update)
+                run.self_check(scored, update.old_logprobs)
             metrics = step_metrics(config, world, inputs.domains, rewarded, minibatches, update)
             metrics |= {"data/dropped_overlong": inputs.dropped_overlong, "weight_sync/version": version}
             decode = inputs.models.tokenizer.decode
@@ -149,7 +150,8 @@ def describe(config: Config, inputs: Inputs, parts: Parts, start: int) -> str:
     dropped = f", {inputs.dropped_overlong} dropped as too long" if inputs.dropped_overlong else ""
     return (
         f"{'resuming after' if start else 'starting at'} step {start} of {config.steps}: {len(inputs.prompts)} prompts"
-        f"{dropped}, {len(parts.scorer.models)} frozen models, {parts.world.size} rank(s), {config.rollout.engine} rollout"
+        f"{dropped}, {len(parts.scorer.models)} frozen models, {parts.world.size} rank(s), "
+        f"{config.rollout.engine} rollout"
     )
 
 
@@ -303,28 +305,34 @@ class _Run:
         if last or (every and step % every == 0):
             rundir.save_checkpoint(self.config, self.parts.world, step, self.parts.learner.save)
 
-    def self_check(self, scored: Sequence[Any], update: Any) -> None:
-        """Compare the learner's first logprobs with the same weights as a frozen model. Raises UserError."""
-        scorer = self.parts.scorer
+    def self_check(self, scored: Sequence[ScoredRollout], old_logprobs: Sequence[Tensor]) -> None:
+        """Compare the learner's first logprobs with the same weights as a frozen model. Raises UserError.
+
+        Nothing is compared when the reference is another model or was not needed.
+        """
         if self.config.reference is not None:
             return
-        difference = max(
-            (
-                float((item.ref_logprob - old).abs().max())
-                for item, old in zip(scored, update.old_logprobs, strict=True)
-                if item.ref_logprob is not None
-            ),
-            default=0.0,
+        differences = [
+            (item.ref_logprob - old).abs().double()
+            for item, old in zip(scored, old_logprobs, strict=True)
+            if item.ref_logprob is not None
+        ]
+        world = self.parts.world
+        sums = world.sum(
+            {"sum": float(sum(d.sum() for d in differences)), "tokens": float(sum(len(d) for d in differences))}
         )
-        worst = self.parts.world.max({"difference": difference})["difference"]
+        if not sums["tokens"]:
+            return
+        mean = sums["sum"] / sums["tokens"]
+        largest = world.max({"max": max((float(d.max()) for d in differences), default=0.0)})["max"]
         self.parts.progress.message(
-            f"self-check: learner and frozen copy of the student differ by at most {worst:.2e} nats per token"
+            f"self-check: learner and frozen copy of the student differ by {mean:.1e} nats per token "
+            f"(at most {largest:.1e})"
         )
-        if worst > self.config.scoring.self_check_tolerance:
+        if mean > self.config.scoring.self_check_tolerance:
             raise UserError(
-                f"scoring.self_check_tolerance={self.config.scoring.self_check_tolerance}: the student scored by "
-                f"{scorer.roles[REFERENCE]} differs from the learner by {worst:.3f} nats; check model.dtype and "
-                "model.attention"
+                f"scoring.self_check_tolerance={self.config.scoring.self_check_tolerance}: the student as a frozen "
+                f"model differs from the learner by {mean:.1e} nats per token; check model.dtype and model.attention"
             )
 
 

@@ -205,3 +205,11 @@ def test_bad_input_is_refused_before_any_process_starts(tiny, tmp_path, capsys, 
     captured = capsys.readouterr()
     assert expected in captured.err and "Traceback" not in captured.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_learner_that_disagrees_with_its_frozen_copy_is_stopped(tiny, tmp_path):
+    tree = tiny.tree(tmp_path / "run", scoring={"self_check_tolerance": 1e-12})
+    [process] = start(["--config", str(write_config(tmp_path / "c.yaml", tree))])
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 2
+    assert "error: scoring.self_check_tolerance=1e-12: the student as a frozen model differs" in output
