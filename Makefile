@@ -22,6 +22,8 @@ help:
 	@echo "make demo     train G-OPD and TC-OPD on the miniature and write a report"
 	@echo "make test     lint, types and the whole test suite"
 	@echo "make table1   the project's Table 1: every setting, several seeds (resumable, about an hour)"
+	@echo "make bench    time the kernels with pytest-benchmark (a few minutes)"
+	@echo "make gpu      kernel tests, kernel benchmark and the demo on a CUDA GPU"
 	@echo "make clean    remove $(VENV) and build leftovers"
 
 check-machine:
@@ -63,6 +65,12 @@ test: lint types
 
 table1: check-machine $(VENV)/.trainer
 	@$(BIN)/python bench/table1.py --out $(RUNS)/table1
+
+bench: check-machine $(VENV)/.tests
+	@$(BIN)/python -m pytest bench --benchmark-only
+
+gpu: check-machine $(VENV)/.tests
+	@PYTHON=$(BIN)/python bash bench/gpu_suite.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
