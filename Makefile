@@ -31,7 +31,7 @@ check-machine:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old; install Python 3.10 or newer, or set PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; install it (Debian: apt install python3-venv)"; exit 1; }
 	@[ -z "$(HAS_GPU)" ] || command -v cc >/dev/null || { echo "error: no C compiler; Triton needs one on a GPU (Debian: apt install gcc)"; exit 1; }
-	@[ -e $(VENV)/.trainer ] || $(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < $(NEEDED_GIB) << 30)' || { echo "error: less than $(NEEDED_GIB) GiB of free disk here; free some, or set VENV=/elsewhere"; exit 1; }
+	@[ -e $(VENV)/.trainer ] || $(PYTHON) -c 'import os, shutil, sys; p = os.path.abspath(sys.argv[1]); exec("while not os.path.exists(p): p = os.path.dirname(p)"); sys.exit(shutil.disk_usage(p).free < $(NEEDED_GIB) << 30)' $(VENV) || { echo "error: less than $(NEEDED_GIB) GiB of free disk for $(VENV); free some, or set VENV=/elsewhere"; exit 1; }
 
 $(VENV)/.python: | check-machine
 	@echo "creating $(VENV)"

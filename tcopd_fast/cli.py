@@ -12,17 +12,19 @@ from pathlib import Path
 
 from tcopd_fast import __version__
 from tcopd_fast.arguments import parse
-from tcopd_fast.config_io import config_help, dump_config
 from tcopd_fast.errors import UserError
+
+TRAINER_NEEDS = ("transformers", "deepspeed", "omegaconf", "pydantic", "yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a UserError prints its message alone and gives status 2."""
+    if any(importlib.util.find_spec(name) is None for name in TRAINER_NEEDS):
+        print('error: the trainer is not installed; in a clone run: pip install -e ".[train]"', file=sys.stderr)
+        return 2
     arguments = parse(_parser(), argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        if importlib.util.find_spec("transformers") is None:
-            raise UserError('the trainer is not installed; run: pip install "tcopd-fast[train]"')
         return arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from tcopd_fast.config_io import config_help
     from tcopd_fast.train import add_arguments
 
     parser = argparse.ArgumentParser(prog="tcopd", description="Teacher-contrastive on-policy distillation.")
@@ -46,27 +49,33 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     demo = command("demo", _demo, "Train G-OPD and TC-OPD on the miniature and write a report.")
     demo.add_argument("--out", default="runs/demo", help="folder of the runs and the report (default %(default)s)")
-    demo.add_argument("--steps", type=int, default=None, help="training steps per run (default: as configured)")
+    demo.add_argument(
+        "--steps", type=positive_int, default=None, help="training steps per run (default: as configured)"
+    )
 
     train = command(
         "train", _train, "Train, starting the deepspeed launcher.", epilog=config_help(), formatter_class=raw
     )
     add_arguments(train)
-    train.add_argument("--ranks", type=int, default=None, help="processes on this machine (default: GPUs, else 1)")
+    train.add_argument(
+        "--ranks", type=positive_int, default=None, help="processes on this machine (default: GPUs, else 1)"
+    )
 
     evaluate = command("eval", _eval, "Sample answers and judge them: mean@k, pass@k, lengths, intervals.")
     evaluate.add_argument("model", help="checkpoint: hub id, folder, miniature:NAME")
     evaluate.add_argument("--data", required=True, action="append", metavar="PATH", help="problems (may be repeated)")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="folder for eval.jsonl and samples")
+    evaluate.add_argument("--name", metavar="NAME", help="configuration of a Hugging Face dataset")
+    evaluate.add_argument("--split", metavar="SPLIT", help="split of a Hugging Face dataset (default: train)")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="keys of data, rollout, eval, judge, model")
 
     score = command("score", _score, "Per-token logprobs of any text under any models, to parquet.")
     score.add_argument("--model", required=True, action="append", metavar="NAME=PATH", help="a model (may be repeated)")
     score.add_argument("--text", required=True, metavar="FILE", help="JSONL with `text`, or `prompt` and `response`")
     score.add_argument("--out", required=True, metavar="FILE.parquet")
-    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--temperature", type=positive_float, default=1.0)
     score.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    score.add_argument("--max-tokens", type=int, default=16384, help="packed tokens of one forward")
+    score.add_argument("--max-tokens", type=positive_int, default=16384, help="packed tokens of one forward")
 
     report = command("report", _report, "Write one HTML page comparing runs.")
     report.add_argument("runs", nargs="+", metavar="RUN")
@@ -84,7 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number above 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.config_io import dump_config
     from tcopd_fast.train import resolve
 
     config = resolve(arguments)
@@ -134,9 +160,10 @@ def launch(ranks: int, words: Sequence[str]) -> int:
         "--no_local_rank",
     ]
     # tcopd_fast may be a source tree that only the launching process has on its path.
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, os.path.join(root, "kernels"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    root = Path(__file__).resolve().parent.parent
+    if (root / "kernels" / "tcopd_kernels").is_dir():
+        paths = [str(root), str(root / "kernels"), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return subprocess.run([*launcher, "--module", "tcopd_fast.train", *words], env=environment, check=False).returncode
 
 
@@ -149,7 +176,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from tcopd_fast.commands import run_eval
 
-    return run_eval(arguments.model, arguments.data, Path(arguments.out), arguments.overrides)
+    return run_eval(
+        arguments.model, arguments.data, Path(arguments.out), arguments.overrides, arguments.name, arguments.split
+    )
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -184,7 +213,10 @@ def _export(arguments: argparse.Namespace) -> int:
 def _miniature(arguments: argparse.Namespace) -> int:
     from tcopd_fast.miniature.build import build
 
-    build(Path(arguments.out), seed=arguments.seed)
+    try:
+        build(Path(arguments.out), seed=arguments.seed)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); give another folder") from error
     return 0
 
 

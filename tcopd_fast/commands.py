@@ -14,92 +14,95 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tcopd_fast import rundir
-from tcopd_fast.config import EvalRunConfig
+from tcopd_fast.config import EvalRunConfig, LoggingConfig
 from tcopd_fast.config_io import dump_config, read_tree, validate
-from tcopd_fast.data import load_prompts, set_name
+from tcopd_fast.data import load_eval_sets
+from tcopd_fast.dist import init_world
 from tcopd_fast.errors import UserError
 from tcopd_fast.evaluate import evaluate, write_samples
 from tcopd_fast.learner import TAG
-from tcopd_fast.models import DTYPES, PackedCausalLM, check_tokenizer, load_causal_lm, load_tokenizer, resolve_path
-from tcopd_fast.monitor import format_eval
+from tcopd_fast.models import (
+    DTYPES,
+    PackedCausalLM,
+    check_tokenizer,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    max_positions,
+    resolve_path,
+)
+from tcopd_fast.monitor import MetricsLog, Progress
 from tcopd_fast.packing import pack, split_by_tokens
+from tcopd_fast.rollout.build import build_engine
+from tcopd_fast.trainer import counter
 from tcopd_fast.verify import Judge
 
-# Rows of one parquet row group while scoring: bounds what is held in memory.
-SCORE_ROWS = 256
 
+def run_eval(
+    model: str, data: Sequence[str], out: Path, overrides: Sequence[str], name: str | None, split: str | None
+) -> int:
+    """Evaluate a checkpoint: OUT/eval.jsonl, every sample to parquet, and a printed line per problem set.
 
-def run_eval(model: str, data: Sequence[str], out: Path, overrides: Sequence[str]) -> int:
-    """Evaluate a checkpoint: OUT/eval.jsonl, every sample to parquet, and a printed line per problem set."""
+    name, split: of Hugging Face datasets among `data`.
+    """
+    source = {key: value for key, value in (("name", name), ("split", split)) if value is not None}
     defaults = {
         "model": {"path": model, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
-        "data": {"train": [{"path": path} for path in data]},
+        "data": {"train": [{"path": path, **source} for path in data]},
     }
     config = validate(read_tree(None, overrides, defaults), EvalRunConfig)
     if (out / "config.yaml").exists():
         raise UserError(f"--out {out}: already holds results; give another folder")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    sets = [(set_name(source.path), load_prompts([source], tokenizer, config.data)) for source in config.data.train]
+    sets = load_eval_sets(config.data.train, tokenizer, config.data)
+    new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    longest = max(len(prompt.token_ids) for prompts in sets.values() for prompt in prompts) + new_tokens
+    positions = max_positions(load_model_config(config.model.path, config.model.trust_remote_code))
+    if longest > positions:
+        raise UserError(
+            f"rollout.max_new_tokens={new_tokens}: with the longest prompt that is {longest} tokens, and {model} holds "
+            f"{positions}; lower it"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    engine = _engine(config, tokenizer)
-    with Judge(workers=config.judge.workers, timeout_s=config.judge.timeout_s) as judge:
-        for name, prompts in sets:
+    world = init_world()
+    engine = build_engine(
+        config.model,
+        config.rollout,
+        tokenizer,
+        max_model_len=longest,
+        vocab_size=None,
+        seed=config.seed,
+        device=world.device,
+    )
+    log = MetricsLog(out, LoggingConfig(tensorboard=False), resume_step=-1)
+    with Judge(workers=config.judge.workers, timeout_s=config.judge.timeout_s) as judge, Progress(1) as progress:
+        for set_name, prompts in sets.items():
             result = evaluate(
                 engine,
-                prompts.prompts,
+                prompts,
                 judge,
                 samples=config.eval.samples,
                 temperature=config.eval.temperature,
-                max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+                max_new_tokens=new_tokens,
                 seed=config.seed,
+                on_finished=counter(progress, f"evaluating {set_name}", len(prompts) * config.eval.samples),
             )
             record = {
                 "step": 0,
-                "set": name,
-                "domain": prompts.prompts[0].domain,
+                "set": set_name,
+                "domain": prompts[0].domain,
                 "temperature": config.eval.temperature,
                 **result.summary(),
                 "reverse_kl": {},
             }
-            write_samples(result, out / "eval" / f"step_000000_{name}.parquet")
-            with (out / "eval.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            print(format_eval(record))
+            write_samples(result, out / "eval" / f"step_000000_{set_name}.parquet")
+            log.log_eval(record)
+            progress.evaluation(record)
+    log.close()
     engine.close()
     (out / "environment.json").write_text(json.dumps(rundir.environment(config.seed), indent=1) + "\n")
     rundir.write_atomically(out / "config.yaml", dump_config(config))
     return 0
-
-
-def _engine(config: EvalRunConfig, tokenizer: Any) -> Any:
-    """The configured engine over the checkpoint as it lies on disk."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.rollout.engine == "vllm":
-        from tcopd_fast.dist import init_world
-        from tcopd_fast.rollout.vllm_engine import VllmEngine
-
-        init_world()
-        return VllmEngine(
-            config.model.path,
-            tokenizer,
-            config=config.rollout,
-            dtype=config.model.dtype,
-            max_model_len=config.data.max_prompt_tokens + (config.eval.max_new_tokens or config.rollout.max_new_tokens),
-            seed=config.seed,
-            device=device,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    from tcopd_fast.rollout.hf import HfEngine
-
-    return HfEngine(
-        config.model.path,
-        tokenizer,
-        dtype=config.model.dtype,
-        max_batch_size=config.rollout.max_batch_size,
-        vocab_size=None,
-        device=device,
-        trust_remote_code=config.model.trust_remote_code,
-    )
 
 
 def run_score(models: Sequence[str], text: Path, out: Path, temperature: float, dtype: str, max_tokens: int) -> int:
@@ -127,10 +130,11 @@ def run_score(models: Sequence[str], text: Path, out: Path, temperature: float, 
     for name, path in paths:
         lm = load_causal_lm(path, dtype=dtype, attention="sdpa", vocab_size=None).to(device).eval()
         columns[f"logprob/{name}"] = _score(lm, pairs, temperature, max_tokens, device)
+        del lm  # before the next one is loaded
         print(f"{name}: {sum(len(target) for _, target in pairs)} tokens scored")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    pq.write_table(pa.table(columns), partial, row_group_size=SCORE_ROWS)
+    pq.write_table(pa.table(columns), partial)
     partial.replace(out)
     print(f"written: {out}")
     return 0
@@ -155,8 +159,6 @@ def _score(
 
 def run_export(run_dir: Path, out: Path | None, step: int | None) -> int:
     """Write a checkpoint's student as a plain Hugging Face folder (safetensors) that transformers and vLLM load."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     config = rundir.open_run(run_dir)
     steps = rundir.checkpoint_steps(run_dir)
     chosen = step if step is not None else (steps[-1] if steps else None)
@@ -165,8 +167,7 @@ def run_export(run_dir: Path, out: Path | None, step: int | None) -> int:
     folder = out or run_dir / "export"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder}: not empty; give another folder")
-    state = get_fp32_state_dict_from_zero_checkpoint(str(rundir.checkpoint_dir(run_dir, chosen)), tag=TAG)
-    weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    weights = _checkpoint_weights(rundir.checkpoint_dir(run_dir, chosen), config.learner.zero_stage)
     model = AutoModelForCausalLM.from_pretrained(
         resolve_path(config.model.path),
         dtype=DTYPES[config.model.dtype],
@@ -189,6 +190,19 @@ def run_export(run_dir: Path, out: Path | None, step: int | None) -> int:
             file.replace(folder / file.name)
     print(f"exported step {chosen}: {folder}")
     return 0
+
+
+def _checkpoint_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
+    """Hugging Face name -> whole tensor: float32 masters gathered from the shards at stage 3, the module's below."""
+    if zero_stage == 3:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    else:
+        # DeepSpeed's own file; it holds more than tensors, which is why resuming and exporting need a trusted run.
+        file = folder / TAG / "mp_rank_00_model_states.pt"
+        state = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _named(item: str) -> tuple[str, str]:

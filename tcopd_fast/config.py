@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -16,13 +17,16 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, docstrings below fields become help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -47,8 +51,6 @@ class FrozenModelConfig(Section):
     """Hugging Face id, local folder, or miniature:NAME."""
     dtype: Dtype | None = None
     """Compute dtype; the student's when unset."""
-    placement: Literal["resident"] = "resident"
-    """Where the weights live while scoring."""
     base: str | None = None
     """The teacher's own pre-RL base, used in place of the reference in its log-ratio (reward correction)."""
 
@@ -147,7 +149,7 @@ class ObjectiveConfig(Section):
     normalizer: Literal["active", "count", "none"] = "active"
     """K in (1/K) Σ λ_k(...): teachers with λ ≠ 0, all teachers, or 1."""
     lambda_warmup_steps: NonNegativeInt = 0
-    """Negative coefficients grow linearly from 0 over this many steps."""
+    """Negative coefficients grow linearly to their full size over this many steps."""
     logratio_clamp: PositiveFloat | None = None
     """Clamp of every log π_k − log π_ref, in nats."""
     advantage_clamp: PositiveFloat | None = None
@@ -156,9 +158,9 @@ class ObjectiveConfig(Section):
     """Coefficient of a KL(student ‖ reference) penalty (k3 estimator)."""
     judge_coef: NonNegativeFloat = 0.0
     """Coefficient of the judge's verdict, centred over the batch, added to every token's reward."""
-    clip_low: PositiveFloat | None = 0.2
+    clip_low: Annotated[float, Field(ge=0, lt=1)] | None = 0.2
     """PPO clip of the ratio below 1."""
-    clip_high: PositiveFloat | None = 0.2
+    clip_high: NonNegativeFloat | None = 0.2
     """PPO clip of the ratio above 1."""
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
     """Bound of the ratio's effect on tokens of negative advantage."""
@@ -175,7 +177,7 @@ class LearnerConfig(Section):
     """ZeRO stage: 1 shards the optimizer, 2 gradients too, 3 weights too."""
     lr: NonNegativeFloat = 1e-5
     """AdamW learning rate, constant after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW betas."""
     eps: PositiveFloat = 1e-8
     """AdamW epsilon."""
@@ -275,6 +277,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
+        for name in self.teachers:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "reference":
+                raise ValueError(f"teachers.{name}: name a teacher with letters, digits, _ and -, and not `reference`")
         for domain, table in self.lambda_tables().items():
             where = f"objective.lambdas.{domain}" if domain else "objective.lambdas"
             for teacher in table:
@@ -290,6 +295,7 @@ class Config(Section):
                 f"learner.minibatches={self.learner.minibatches} exceeds rollout.prompts_per_step="
                 f"{self.rollout.prompts_per_step}; every optimizer step needs a prompt"
             )
+        _check_sampling(self.rollout, self.eval)
         _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
         _need("flash_attn", self.model.attention == "flash_attention_2", "model.attention=flash_attention_2")
         _need("wandb", self.logging.wandb_project is not None, "logging.wandb_project")
@@ -329,12 +335,27 @@ class EvalRunConfig(Section):
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     """Judge of final answers."""
 
+    @model_validator(mode="after")
+    def _combinations(self) -> EvalRunConfig:
+        _check_sampling(self.rollout, self.eval)
+        _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
+        return self
+
 
 def nearest(word: str, valid: Iterable[str]) -> str:
     """`; did you mean X?`, or the list of valid words when none is near."""
     words = list(valid)
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else (f"; valid: {', '.join(words)}" if words else "")
+
+
+def _check_sampling(rollout: RolloutConfig, evaluation: EvalConfig) -> None:
+    """vLLM samples at 0.01 when asked for less and refuses more than 2."""
+    if rollout.engine != "vllm":
+        return
+    for key, value in (("rollout.temperature", rollout.temperature), ("eval.temperature", evaluation.temperature)):
+        if value and not 0.01 <= value <= 2.0:
+            raise ValueError(f"{key}={value}: the vllm engine samples between 0.01 and 2; use rollout.engine=hf")
 
 
 def _need(module: str, wanted: bool, key: str) -> None:

@@ -40,14 +40,14 @@ def read_tree(path: str | Path | None, overrides: Sequence[str] = (), defaults: 
         try:
             merged = OmegaConf.load(path)
         except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
-            raise UserError(f"config file {path}: not valid YAML ({error})") from error
+            raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from error
         if not OmegaConf.is_dict(merged):
             raise UserError(f"config file {path}: the top level must be a mapping of sections")
     try:
         merged = OmegaConf.merge(OmegaConf.create(defaults or {}), merged, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"config: {error}") from error
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
 
 
 def validate(tree: Any, schema: type[S]) -> S:

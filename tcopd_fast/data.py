@@ -121,9 +121,26 @@ def batch_for_step(prompts: Sequence[Prompt], step: int, size: int, *, seed: int
     return batch
 
 
-def set_name(path: str) -> str:
-    """Short name of a prompt source for file names and tables: its last path part without suffixes."""
-    return path.removeprefix("miniature:").rstrip("/").split("/")[-1].split(".")[0]
+def load_eval_sets(
+    sources: Sequence[PromptSourceConfig], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> dict[str, tuple[Prompt, ...]]:
+    """Held-out problems by set name: the source's `name`, else its last path part without suffixes.
+
+    Raises UserError, beside what `load_prompts` raises, for a problem without an answer and for two sets of one name.
+    """
+    sets: dict[str, tuple[Prompt, ...]] = {}
+    for source in sources:
+        name = source.name or source.path.removeprefix("miniature:").rstrip("/").split("/")[-1].split(".")[0]
+        if name in sets:
+            raise UserError(f"evaluation set {source.path}: a second set named {name!r}; rename one of the files")
+        sets[name] = load_prompts([source], tokenizer, data).prompts
+        unanswered = [prompt.id for prompt in sets[name] if prompt.answer is None]
+        if unanswered:
+            raise UserError(
+                f"evaluation set {source.path}: {len(unanswered)} of {len(sets[name])} problems have no reference "
+                f"answer, the first is {unanswered[0]!r}; set answer_column or remove those rows"
+            )
+    return sets
 
 
 def _epoch_order(n_prompts: int, epoch: int, seed: int) -> np.ndarray:

@@ -26,8 +26,9 @@ def run_demo(out: Path, steps: int | None) -> int:
     from tcopd_fast.cli import launch
 
     began = time.monotonic()
+    shared = [f"steps={steps}"] if steps is not None else []
+    config = load_config(CONFIG, shared)
     _fresh(out)
-    config = load_config(CONFIG)
     sampling = [
         f"rollout.max_new_tokens={config.rollout.max_new_tokens}",
         f"data.max_prompt_tokens={config.data.max_prompt_tokens}",
@@ -36,10 +37,9 @@ def run_demo(out: Path, steps: int | None) -> int:
     held_out = [source.path for source in config.eval.data]
     for name, path in BASELINES.items():
         print(f"== {name}: evaluating ({path})", flush=True)
-        run_eval(path, held_out, out / name, sampling)
+        run_eval(path, held_out, out / name, sampling, name=None, split=None)
     for name, overrides in RUNS.items():
-        words = [f"run_dir={out / name}", *overrides]
-        words += [f"steps={steps}"] if steps is not None else []
+        words = [f"run_dir={out / name}", *shared, *overrides]
         lambdas = load_config(CONFIG, words).objective.lambdas
         print(f"== {name}: training with λ = {lambdas}", flush=True)
         status = launch(1, ["--config", str(CONFIG), *words])

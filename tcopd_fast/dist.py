@@ -44,6 +44,14 @@ class World:
         dist.all_gather_object(out, value)
         return out
 
+    def gather_to_main(self, value: T) -> list[T] | None:
+        """The object of every rank, in rank order, on the main process; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, out)
+        return out
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
@@ -62,7 +70,7 @@ def init_world() -> World:
     """Join (or make) the process group: nccl on CUDA, gloo elsewhere.
 
     Started by a launcher it reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without one it is
-    a group of one process on the loopback interface.
+    a group of one process. A group of one opens no port.
     """
     use_cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
@@ -75,6 +83,9 @@ def init_world() -> World:
         if "RANK" not in os.environ:
             port = str(free_port())
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        if os.environ["WORLD_SIZE"] == "1":
+            # torch's rendezvous store listens on every interface; one process needs none.
+            dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if use_cuda:
             torch.cuda.set_device(local)

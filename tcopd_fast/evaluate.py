@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from tcopd_fast.errors import UserError
 from tcopd_fast.rollout import RolloutEngine
 from tcopd_fast.types import Prompt, Rollout
 from tcopd_fast.verify import Judge
@@ -67,15 +66,9 @@ def evaluate(
 ) -> Evaluation:
     """Sample `samples` answers to every prompt and judge them; `seed` drives sampling and bootstrap.
 
-    An empty `prompts` gives an empty evaluation (a rank may have no share). Raises UserError when a prompt has no
-    reference answer.
+    An empty `prompts` gives an empty evaluation (a rank may have no share). Every prompt must have an answer
+    (`data.load_eval_sets` sees to it).
     """
-    unanswered = [prompt for prompt in prompts if prompt.answer is None]
-    if unanswered:
-        raise UserError(
-            f"evaluation set {unanswered[0].source}: {len(unanswered)} of {len(prompts)} problems have no reference "
-            f"answer, the first is {unanswered[0].id!r}; set the source's answer_column or remove those rows"
-        )
     rollouts: list[Rollout] = []
     if prompts:
         rollouts = engine.generate(

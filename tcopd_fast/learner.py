@@ -50,7 +50,6 @@ class Learner:
         self.config = config
         self.world = world
         self.steps_taken = 0
-        self.skipped_steps = 0
         settings = deepspeed_config(config)
         with _sharded_loading(settings, config.learner.zero_stage):
             lm = load_causal_lm(
@@ -114,7 +113,6 @@ class Learner:
                     self.engine.step()
                     self.steps_taken += 1
                     skipped += not self.engine.was_step_applied()
-        self.skipped_steps += skipped
         norm = self.engine.get_global_grad_norm()
         # DeepSpeed has no norm, or a stale one, for a step it skipped.
         grad_norm = float("nan") if norm is None or not self.engine.was_step_applied() else float(norm)
@@ -135,11 +133,10 @@ class Learner:
             loss, metrics, scored = self.engine(policy_loss, moved, self.config)
         with clock.stage("learner"):
             self.engine.backward(loss, scale_wrt_gas=False)
-        if not batch.indices:
-            metrics = {key: torch.zeros(()) for key in metrics}
-        out = {key: float(value) for key, value in metrics.items()}
-        out["loss"] = float(loss.detach()) / self.world.size if batch.indices else 0.0
-        out["entropy_sum"] = float(scored.entropy.sum()) if batch.indices else 0.0
+        metrics |= {"loss": loss.detach() / self.world.size, "entropy_sum": scored.entropy.sum()}
+        # One transfer for all numbers; a filler has none of its own.
+        values = torch.stack([value.float() for value in metrics.values()]).tolist()
+        out = {key: value if batch.indices else 0.0 for key, value in zip(metrics, values, strict=True)}
         if batch.indices:
             before = batch.old_logprob if batch.old_logprob is not None else scored.logprob.cpu()
             for i, part in zip(batch.indices, before.split(batch.lengths), strict=True):
@@ -168,16 +165,16 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and counters into `folder`. A collective: every rank calls it."""
-        # Under a key of our own: DeepSpeed keeps counters of the same names beside the client state.
-        state = {"steps_taken": self.steps_taken, "skipped_steps": self.skipped_steps}
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"tcopd": state}, save_latest=False)
+        # Under a key of our own: DeepSpeed keeps counters of its own beside the client state.
+        state = {"tcopd": {"steps_taken": self.steps_taken}}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, at the same number of ranks. Raises UserError when it cannot be read."""
         path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise UserError(f"checkpoint {folder}: cannot be read; delete it to resume from the one before")
-        self.steps_taken, self.skipped_steps = state["tcopd"]["steps_taken"], state["tcopd"]["skipped_steps"]
+        self.steps_taken = state["tcopd"]["steps_taken"]
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:

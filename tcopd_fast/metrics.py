@@ -39,7 +39,7 @@ def step_metrics(
     counts = world.sum({"tokens": float(sum(len(r.reward) for r in rewarded))})
     metrics["batch/tokens"] = counts["tokens"]
     metrics["batch/microbatches"] = float(sum(len(batches) for batches in minibatches))
-    metrics |= _loss_metrics(world, update)
+    metrics |= _loss_metrics(world, update, config.learner.minibatches * config.learner.epochs)
     metrics["learner/grad_norm"] = update.grad_norm
     metrics["learner/lr"] = update.lr
     metrics["learner/skipped_steps"] = float(update.skipped)
@@ -56,7 +56,7 @@ def token_samples(
         teachers = {}
         for name, value in item.lambdas.items():
             if value:
-                ratio = log_ratio(item, name)
+                ratio = log_ratio(item, name, old_logprob)
                 teachers[name] = {
                     "lambda": value,
                     "logratio": ratio,
@@ -72,7 +72,7 @@ def token_samples(
                 "tokens": [decode([token]) for token in rollout.token_ids],
                 "old_logprob": old_logprob,
                 "advantage": advantage_of(config, item, old_logprob),
-                "reward": item.reward,
+                "reward": logged_reward(item, old_logprob),
                 "teachers": teachers,
             }
         )
@@ -86,9 +86,19 @@ def advantage_of(config: Config, item: RewardedRollout, old_logprob: Tensor) -> 
     return advantage if clamp is None else advantage.clamp(-clamp, clamp)
 
 
-def log_ratio(item: RewardedRollout, teacher: str) -> Tensor:
-    """log π_k − log π_ref of one teacher, with its own base where it has one: float32 [L], before clamping."""
-    base = item.scored.teacher_ref_logprobs.get(teacher, item.ref_logprob)
+def logged_reward(item: RewardedRollout, old_logprob: Tensor) -> Tensor:
+    """r_t as people read it, float32 [L]: measured against log π_old where the reference was not run."""
+    return item.reward if item.scored.ref_logprob is not None else item.reward - old_logprob
+
+
+def log_ratio(item: RewardedRollout, teacher: str, old_logprob: Tensor) -> Tensor:
+    """log π_k − log π_ref of one teacher, with its own base where it has one: float32 [L], before clamping.
+
+    Where the reference cancelled and was not run, log π_old stands in for it: the contributions λ_k/K·ratio then
+    still add up to the advantage.
+    """
+    reference = item.ref_logprob if item.scored.ref_logprob is not None else old_logprob
+    base = item.scored.teacher_ref_logprobs.get(teacher, reference)
     return item.scored.teacher_logprobs[teacher] - base
 
 
@@ -144,7 +154,7 @@ def _teacher_metrics(
         sums[f"tokens/{domain}"] += len(old_logprob)
         if item.scored.ref_logprob is None:
             continue
-        ratio = log_ratio(item, name)
+        ratio = log_ratio(item, name, old_logprob)
         ratios.append(ratio)
         sums["count"] += len(ratio)
         sums["ratio"] += float(ratio.sum())
@@ -179,7 +189,7 @@ def _reward_metrics(
     for item, old_logprob in zip(rewarded, old, strict=True):
         advantage = advantage_of(config, item, old_logprob).double()
         sums["count"] += len(advantage)
-        sums["reward"] += float(item.reward.double().sum())
+        sums["reward"] += float(logged_reward(item, old_logprob).double().sum())
         sums["advantage"] += float(advantage.sum())
         sums["square"] += float(advantage.square().sum())
         sums["clamped"] += float((advantage.abs() >= clamp).sum()) if clamp is not None else 0.0
@@ -193,12 +203,12 @@ def _reward_metrics(
     }
 
 
-def _loss_metrics(world: World, update: UpdateResult) -> dict[str, float]:
+def _loss_metrics(world: World, update: UpdateResult, optimizer_steps: int) -> dict[str, float]:
     sums: Mapping[str, float] = world.sum(update.sums)
     count = sums["token_count"]
     square = sums["ratio_sq_sum"]
     return {
-        "loss/value": sums["loss"],
+        "loss/value": sums["loss"] / optimizer_steps,
         "loss/entropy": _mean(sums["entropy_sum"], count),
         "loss/ratio_mean": _mean(sums["ratio_sum"], count),
         "loss/ratio_max": world.max({"ratio_max": update.ratio_max})["ratio_max"],

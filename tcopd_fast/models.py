@@ -151,6 +151,7 @@ class ModelSet:
     """What was learnt from the configs and tokenizers before any weight was loaded.
 
     vocab_size: rows of the head that every model has, or None when all have the same number.
+    max_position_embeddings: positions that every model holds.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -172,8 +173,11 @@ def check_models(config: Config) -> ModelSet:
         )
     student = load_model_config(config.model.path, trust)
     rows = {"model.path": _text_config(student).vocab_size}
+    positions = [max_positions(student)]
     for field, path in frozen_paths(config):
-        rows[field] = _text_config(load_model_config(path, trust)).vocab_size
+        other = load_model_config(path, trust)
+        rows[field] = _text_config(other).vocab_size
+        positions.append(max_positions(other))
         check_tokenizer(field, path, tokenizer, load_tokenizer(path, trust))
     for field, size in rows.items():
         if size < len(tokenizer):
@@ -182,7 +186,12 @@ def check_models(config: Config) -> ModelSet:
             )
     smallest = min(rows.values())
     vocab_size = None if smallest == max(rows.values()) else smallest
-    return ModelSet(tokenizer, vocab_size, getattr(_text_config(student), "max_position_embeddings", 1 << 30))
+    return ModelSet(tokenizer, vocab_size, min(positions))
+
+
+def max_positions(config: Any) -> int:
+    """Positions a checkpoint's config.json says it holds (no limit when it says nothing)."""
+    return getattr(_text_config(config), "max_position_embeddings", None) or 1 << 30
 
 
 def frozen_paths(config: Config) -> Iterable[tuple[str, str]]:

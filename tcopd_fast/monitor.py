@@ -402,13 +402,10 @@ class Progress:
             text = f"accuracy {sum(self._recent) / len(self._recent):.3f}" if self._recent else ""
             self._bar.update(self._task, completed=step, accuracy=text, phase="")
 
-    def phase(
-        self, label: str, done: int | None = None, total: int | None = None, accuracy: float | None = None
-    ) -> None:
-        """Show what goes on inside the step, on terminals only: `rollout 87/128  accuracy 0.51`."""
+    def phase(self, label: str, done: int | None = None, total: int | None = None) -> None:
+        """Show what goes on inside the step, on terminals only: `rollout 87/128`."""
         if self._bar is not None:
             text = label if done is None else f"{label} {done}" + ("" if total is None else f"/{total}")
-            text += "" if accuracy is None else f"  accuracy {_number(accuracy, '.3f')}"
             self._bar.update(self._task, phase=text)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
     r_t = (1/K) Σ_k λ_k [log π_k(y_t) − log π_ref(y_t)]
 
-The advantage A_t = r_t − [log π_old(y_t) − log π_ref(y_t)] is formed in the loss when the step is strictly
-on-policy (log π_old is then the learner's own forward), here otherwise nothing changes: both carry r and log π_ref.
+The advantage A_t = r_t − [log π_old(y_t) − log π_ref(y_t)] is formed in the loss, because log π_old of a strictly
+on-policy step is the learner's own forward.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from tcopd_fast.types import RewardedRollout, ScoredRollout
 
 
 def lambdas_at(config: Config, domain: str, step: int) -> dict[str, float]:
-    """λ of every teacher for a sample of `domain` at `step`: negative ones grow linearly during the warm-up."""
+    """λ of every teacher for a sample of `domain` at `step` (from 0); negative ones grow linearly in the warm-up.
+
+    They are never exactly 0 on the way: that would change K and so the weight of every other teacher.
+    """
     warmup = config.objective.lambda_warmup_steps
-    scale = min(1.0, step / warmup) if warmup else 1.0
+    scale = min(1.0, (step + 1) / warmup) if warmup else 1.0
     return {name: value * scale if value < 0 else value for name, value in config.lambdas_for(domain).items()}
 
 
@@ -45,6 +48,13 @@ def reference_cancels(config: Config, lambdas: Mapping[str, float]) -> bool:
     if not active or any(config.teachers[name].base is not None for name in active):
         return False
     return abs(sum(active.values()) / normalizer_count(config, lambdas) - 1.0) < 1e-12
+
+
+def reference_ever_needed(config: Config) -> bool:
+    """False when the reference cancels for every λ table at every step, so that it need not be loaded."""
+    if config.objective.lambda_warmup_steps:
+        return True
+    return not all(reference_cancels(config, config.lambdas_for(domain or "")) for domain in config.lambda_tables())
 
 
 def compute_reward(

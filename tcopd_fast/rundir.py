@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 
 from tcopd_fast.config import Config
-from tcopd_fast.config_io import dump_config, load_config
+from tcopd_fast.config_io import dump_config, read_tree, validate
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 
+SOURCE = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "tcopd-fast",
     "torch",
@@ -58,12 +60,21 @@ def create(config: Config) -> None:
         ) from error
 
 
-def open_run(run_dir: str | Path) -> Config:
-    """The configuration of an existing run, its run_dir being where it lies now."""
+def record_resume(config: Config) -> None:
+    """Keep the configuration the run goes on with, and add this start to environment.json."""
+    folder = Path(config.run_dir)
+    write_atomically(folder / "config.yaml", dump_config(config))
+    first = json.loads((folder / "environment.json").read_text())
+    first.setdefault("resumed", []).append(environment(config.seed))
+    write_atomically(folder / "environment.json", json.dumps(first, indent=1) + "\n")
+
+
+def open_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of an existing run with overrides, its run_dir being where it lies now."""
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: not a run directory (no config.yaml); give the folder of an earlier run")
-    return load_config(file, [f"run_dir={run_dir}"])
+    return validate({**read_tree(file, overrides), "run_dir": str(run_dir)}, Config)
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
@@ -80,7 +91,8 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "seed": seed,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Paths inside the source tree are given relative to it: where a clone lies is nobody's business.
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace(f"{SOURCE}{os.sep}", ""),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -99,12 +111,11 @@ def device_name() -> str:
 
 def _git_sha() -> str | None:
     """Commit of the source tree this package runs from; None for an installed wheel. '+' marks local changes."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
+    if not (SOURCE / ".git").exists():
         return None
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     sha = git("rev-parse", "HEAD")
@@ -124,8 +135,8 @@ def write_atomically(path: Path, text: str) -> None:
 def checkpoint_steps(run_dir: str | Path) -> list[int]:
     """Steps with a complete checkpoint, ascending."""
     folder = Path(run_dir) / "checkpoints"
-    names = [p.name for p in folder.glob("step_*") if (p / "trainer.json").is_file()]
-    return sorted(int(name.removeprefix("step_")) for name in names)
+    matches = [re.fullmatch(r"step_(\d+)", p.name) for p in folder.glob("step_*") if (p / "trainer.json").is_file()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def checkpoint_dir(run_dir: str | Path, step: int) -> Path:

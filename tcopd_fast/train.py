@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from tcopd_fast.arguments import parse
+from tcopd_fast.config import Config
 from tcopd_fast.config_io import config_help, dump_config, load_config
 from tcopd_fast.errors import UserError
 
@@ -22,15 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def resolve(arguments: argparse.Namespace):
+def resolve(arguments: argparse.Namespace) -> Config:
     """The configuration that the arguments ask for. Raises UserError."""
     from tcopd_fast import rundir
 
     if arguments.resume:
         if arguments.config:
             raise UserError("--resume takes its configuration from the run; leave out --config")
-        config = rundir.open_run(arguments.resume)
-        return load_config(f"{arguments.resume}/config.yaml", [f"run_dir={config.run_dir}", *arguments.overrides])
+        return rundir.open_run(arguments.resume, arguments.overrides)
     if not arguments.config:
         raise UserError("--config FILE is required (or --resume RUN); see configs/ for examples")
     return load_config(arguments.config, arguments.overrides)
@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         train(config, resume=bool(arguments.resume))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        # A rank can meet an error of its own, so none is silent.
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     return 0
 

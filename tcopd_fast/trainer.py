@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from tcopd_fast import evaluate, rundir
 from tcopd_fast.batch import build_minibatches, shard
 from tcopd_fast.config import Config
-from tcopd_fast.data import batch_for_step, load_prompts, set_name
+from tcopd_fast.data import batch_for_step, load_eval_sets, load_prompts
 from tcopd_fast.dist import World, init_world
 from tcopd_fast.errors import UserError
 from tcopd_fast.learner import Learner
@@ -25,6 +25,7 @@ from tcopd_fast.models import ModelSet, check_models
 from tcopd_fast.monitor import MetricsLog, Progress, StageClock
 from tcopd_fast.reward import compute_reward, lambdas_at
 from tcopd_fast.rollout import RolloutEngine
+from tcopd_fast.rollout.build import build_engine
 from tcopd_fast.scoring import Scorer
 from tcopd_fast.types import Prompt, Rollout, ScoredRollout
 from tcopd_fast.verify import Judge
@@ -32,25 +33,17 @@ from tcopd_fast.weight_sync import sync_weights
 
 
 @dataclass(frozen=True)
-class EvalSet:
-    """A named set of held-out problems."""
-
-    name: str
-    prompts: tuple[Prompt, ...]
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What was read and checked before any weight was loaded.
 
-    domains: every domain of the training prompts, sorted.
+    domains: every domain of the training prompts, sorted. eval_sets: name -> held-out problems.
     """
 
     models: ModelSet
     prompts: tuple[Prompt, ...]
     dropped_overlong: int
     domains: tuple[str, ...]
-    eval_sets: tuple[EvalSet, ...]
+    eval_sets: Mapping[str, tuple[Prompt, ...]]
 
 
 @dataclass(frozen=True)
@@ -83,19 +76,19 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
             f"objective.lambdas: training prompts have the domain {unknown!r} but the table only has "
             f"{', '.join(map(str, tables))}; add it or set data.train[].domain"
         )
-    sets = []
-    for source in config.eval.data:
-        loaded = load_prompts([source], models.tokenizer, config.data).prompts
-        sets.append(EvalSet(set_name(source.path), loaded))
-    if len({s.name for s in sets}) != len(sets):
-        raise UserError("eval.data: two sets have the same file name; evaluation sets are told apart by it")
-    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    sets = load_eval_sets(config.eval.data, models.tokenizer, config.data)
+    longest = longest_sequence(config)
     if longest > models.max_position_embeddings:
         raise UserError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: the student holds "
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: the models hold "
             f"{models.max_position_embeddings} positions; lower one of them"
         )
-    return Inputs(models, prompts.prompts, prompts.dropped_overlong, domains, tuple(sets))
+    return Inputs(models, prompts.prompts, prompts.dropped_overlong, domains, sets)
+
+
+def longest_sequence(config: Config) -> int:
+    """Most tokens that prompt and response can have together."""
+    return config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -103,8 +96,8 @@ def train(config: Config, resume: bool = False) -> None:
     world = init_world()
     inputs = read_inputs(config, world.size)
     start = rundir.latest_checkpoint(config, world) if resume else 0
-    if world.is_main and not resume:
-        rundir.create(config)
+    if world.is_main:
+        rundir.record_resume(config) if resume else rundir.create(config)
     world.barrier()
     with _assemble(config, inputs, world, start, resume) as run:
         parts = run.parts
@@ -180,21 +173,13 @@ def prompts_of_step(config: Config, inputs: Inputs, step: int) -> list[Prompt]:
 
 def generate(config: Config, parts: Parts, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
     """Sample this rank's responses, showing how many are done."""
-    total = len(prompts) * config.rollout.samples_per_prompt
-    done = 0
-
-    def count(_: Rollout) -> None:
-        nonlocal done
-        done += 1
-        parts.progress.phase("rollout", done, total)
-
     return parts.engine.generate(
         prompts,
         samples=config.rollout.samples_per_prompt,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         seed=seed,
-        on_finished=count,
+        on_finished=counter(parts.progress, "rollout", len(prompts) * config.rollout.samples_per_prompt),
     )
 
 
@@ -217,31 +202,45 @@ def mean_verdict(world: World, correct: Sequence[bool | None]) -> float:
 def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> None:
     """Evaluate every held-out set with the current student; records and samples are written by rank 0."""
     world = parts.world
-    for eval_set in inputs.eval_sets:
-        parts.progress.phase(f"evaluating {eval_set.name}")
+    for name, prompts in inputs.eval_sets.items():
         local = evaluate.evaluate(
             parts.engine,
-            shard(eval_set.prompts, world),
+            shard(prompts, world),
             parts.judge,
             samples=config.eval.samples,
             temperature=config.eval.temperature,
             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
             seed=sampling_seed(config.seed, -1),
+            on_finished=counter(parts.progress, f"evaluating {name}", len(shard(prompts, world)) * config.eval.samples),
         )
         kl = reverse_kl(config, parts, local.rollouts)
-        merged = evaluate.merge(world.gather(local))
+        shares = world.gather_to_main(local)
+        if shares is None:
+            continue
+        merged = evaluate.merge(shares)
         record = {
             "step": step,
-            "set": eval_set.name,
-            "domain": eval_set.prompts[0].domain,
+            "set": name,
+            "domain": prompts[0].domain,
             "temperature": config.eval.temperature,
             **merged.summary(),
             "reverse_kl": kl,
         }
-        if world.is_main:
-            evaluate.write_samples(merged, Path(config.run_dir) / "eval" / f"step_{step:06d}_{eval_set.name}.parquet")
-            parts.log.log_eval(record)
-            parts.progress.evaluation(record)
+        evaluate.write_samples(merged, Path(config.run_dir) / "eval" / f"step_{step:06d}_{name}.parquet")
+        parts.log.log_eval(record)
+        parts.progress.evaluation(record)
+
+
+def counter(progress: Progress, label: str, total: int) -> Callable[[Rollout], None]:
+    """An `on_finished` that shows how many responses are done."""
+    done = 0
+
+    def count(_: Rollout) -> None:
+        nonlocal done
+        done += 1
+        progress.phase(label, done, total)
+
+    return count
 
 
 def reverse_kl(config: Config, parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -329,7 +328,7 @@ class _Run:
             f"self-check: learner and frozen copy of the student differ by {mean:.1e} nats per token "
             f"(at most {largest:.1e})"
         )
-        if mean > self.config.scoring.self_check_tolerance:
+        if not mean <= self.config.scoring.self_check_tolerance:
             raise UserError(
                 f"scoring.self_check_tolerance={self.config.scoring.self_check_tolerance}: the student as a frozen "
                 f"model differs from the learner by {mean:.1e} nats per token; check model.dtype and model.attention"
@@ -339,7 +338,15 @@ class _Run:
 def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: bool) -> _Run:
     torch.manual_seed(config.seed)
     learner = Learner(config, inputs.models, world)
-    engine = build_engine(config, inputs.models, world)
+    engine = build_engine(
+        config.model,
+        config.rollout,
+        inputs.models.tokenizer,
+        max_model_len=longest_sequence(config),
+        vocab_size=inputs.models.vocab_size,
+        seed=config.seed + world.rank,
+        device=world.device,
+    )
     # An engine may reseed the global generator while it starts.
     torch.manual_seed(config.seed)
     scorer = Scorer(config, inputs.models, world.device)
@@ -356,40 +363,11 @@ def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: 
         log=MetricsLog(
             Path(config.run_dir),
             config.logging,
-            start if resume else None,
+            # Before the first checkpoint everything is done again, the evaluation at step 0 included.
+            (start or -1) if resume else None,
             enabled=world.is_main,
             run_config=config.model_dump(mode="json"),
         ),
         progress=Progress(config.steps, start, enabled=world.is_main),
     )
     return _Run(config, inputs, parts)
-
-
-def build_engine(config: Config, models: ModelSet, world: World) -> RolloutEngine:
-    """The configured rollout engine, holding the student's starting weights."""
-    if config.rollout.engine == "vllm":
-        from tcopd_fast.rollout.vllm_engine import VllmEngine
-
-        return VllmEngine(
-            config.model.path,
-            models.tokenizer,
-            config=config.rollout,
-            dtype=config.model.dtype,
-            max_model_len=config.data.max_prompt_tokens
-            + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0),
-            seed=config.seed + world.rank,
-            device=world.device,
-            vocab_size=models.vocab_size,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    from tcopd_fast.rollout.hf import HfEngine
-
-    return HfEngine(
-        config.model.path,
-        models.tokenizer,
-        dtype=config.model.dtype,
-        max_batch_size=config.rollout.max_batch_size,
-        vocab_size=models.vocab_size,
-        device=world.device,
-        trust_remote_code=config.model.trust_remote_code,
-    )

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -50,6 +49,8 @@ def test_print_config_shows_the_resolved_tree(tiny, tmp_path, capsys):
         ),
         (["score", "--model", "base", "--text", "t", "--out", "o"], "write NAME=PATH"),
         (["score", "--model", "b=miniature:base", "--text", "t", "--out", "o"], "no such file"),
+        (["eval", "miniature:base", "--data", "miniature:heldout", "--out", "o"], "and miniature:base holds 128"),
+        (["miniature", "build", "--out", "/proc/x"], "cannot be written"),
     ],
 )
 def test_wrong_words_give_one_message(words, expected, capsys, tmp_path, monkeypatch):
@@ -68,13 +69,11 @@ def test_help_lists_every_configuration_key():
 
 
 def test_eval_writes_the_record_and_every_sample(tmp_path, capsys):
-    words = ["eval", "miniature:expert", "--data", "miniature:heldout", "--out", str(tmp_path / "o")]
-    words += ["data.train.0.limit=40", "eval.samples=3", "rollout.max_new_tokens=24"]
-    limited = [word for word in words if not word.startswith("data.train")]
     file = tmp_path / "few.jsonl"
     file.write_text("".join(miniature.asset("heldout").read_text().splitlines(keepends=True)[:40]))
-    limited[3] = str(file)
-    assert main(limited) == 0
+    words = ["eval", "miniature:expert", "--data", str(file), "--out", str(tmp_path / "o")]
+    words += ["eval.samples=3", "rollout.max_new_tokens=24", "data.max_prompt_tokens=32"]
+    assert main(words) == 0
     [record] = lines(tmp_path / "o" / "eval.jsonl")
     samples = pq.read_table(tmp_path / "o" / "eval" / "step_000000_few.parquet").to_pylist()
     assert record["k"] == 3 and record["problems"] == 40 and len(samples) == 120
@@ -82,7 +81,7 @@ def test_eval_writes_the_record_and_every_sample(tmp_path, capsys):
     assert 0.35 < record["mean_at_k"] < 0.9, "the expert solves most problems but not all"
     assert record["ci_low"] < record["mean_at_k"] < record["ci_high"]
     assert f"{record['mean_at_k']:.3f}" in capsys.readouterr().out
-    assert main(limited) == 2, "an --out that holds results must not be written over"
+    assert main(words) == 2, "an --out that holds results must not be written over"
 
 
 def test_score_gives_every_models_logprobs(tiny, tmp_path):
@@ -130,11 +129,9 @@ def test_the_demo_in_reduced_form(tmp_path):
         assert [record["step"] for record in records] == [0, 2]
         assert records[0]["mean_at_k"] > 0.3
         assert records[-1]["reverse_kl"]["expert"] > 0
-    before = time.time()
-    (out / "other").mkdir()
     again = tcopd("demo", "--out", str(tmp_path), "--steps", "2")
     assert again.returncode == 2 and "not from an earlier demo" in again.stderr
-    assert time.time() - before < 500 and (out / "report.html").exists()
+    assert (out / "report.html").exists()
 
 
 @pytest.mark.slow
@@ -156,3 +153,10 @@ def test_training_with_the_vllm_engine(tiny, tmp_path):
     for row in rows:
         assert row["loss/mismatch_weight_mean"] == pytest.approx(1.0, abs=1e-3)
     assert rows[0]["scoring/expert/logratio_mean"] != rows[-1]["scoring/expert/logratio_mean"]
+    exported, results = tmp_path / "exported", tmp_path / "results"
+    assert main(["export", str(run_dir), "--out", str(exported)]) == 0
+    words = ["eval", str(exported), "--data", str(tiny.prompts), "--out", str(results), "rollout.engine=vllm"]
+    words += ["rollout.max_new_tokens=12", "data.max_prompt_tokens=32", "rollout.vllm.kv_cache_memory_bytes=67108864"]
+    done = tcopd(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lines(results / "eval.jsonl")[0]["problems"] == 24

@@ -50,6 +50,13 @@ def tree(**sections) -> dict:
         ),
         ({"learner": {"minibatches": 200}}, "learner.minibatches=200 exceeds rollout.prompts_per_step=128"),
         ({"model": {"dtype": "float32"}}, "model.path: required, not set"),
+        ({"objective": {"lambdas": {"expert": float("nan")}}}, "objective.lambdas"),
+        ({"learner": {"lr": float("inf")}}, "learner.lr: Input should be a finite number"),
+        ({"learner": {"betas": [0.9, 1.5]}}, "learner.betas.1: Input should be less than 1"),
+        ({"objective": {"lambdas": {"expert": 1}, "clip_low": 1.0}}, "objective.clip_low: Input should be less than 1"),
+        ({"rollout": {"engine": "vllm", "temperature": 3}}, "the vllm engine samples between 0.01 and 2"),
+        ({"teachers": {"reference": {"path": "a"}, "expert": {"path": "a"}, "anti": {"path": "b"}}}, "not `reference`"),
+        ({"teachers": {"a/b": {"path": "a"}, "expert": {"path": "a"}, "anti": {"path": "b"}}}, "teachers.a/b: name"),
     ],
 )
 def test_bad_keys_and_combinations_are_named(change, expected):

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from tcopd_fast.config import DataConfig, PromptSourceConfig
-from tcopd_fast.data import PromptSet, batch_for_step, load_prompts
+from tcopd_fast.data import PromptSet, batch_for_step, load_eval_sets, load_prompts
 from tcopd_fast.errors import UserError
 from tcopd_fast.types import Prompt
 
@@ -351,3 +351,21 @@ def test_order_depends_on_seed_and_epoch_and_is_pinned():
     assert len({tuple(order(step, seed)) for step in range(3) for seed in range(3)}) == 9
     # A resumed run on another machine must meet the same prompts.
     assert order(0, 0) == [11, 3, 2, 1, 8, 6, 0, 7, 4, 10, 5, 9]
+
+
+def test_evaluation_sets_need_answers_and_names_of_their_own(tokenizer, tmp_path):
+    data = DataConfig(train=[{"path": "unused"}], chat_template=False)
+    good = write_jsonl(tmp_path / "good.jsonl", [{"problem": "1", "answer": "2"}])
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"problem": "1", "answer": "2"}, {"problem": "3"}])
+    twin = write_jsonl(tmp_path / "good.json", [{"problem": "1", "answer": "2"}])
+
+    def sources(*paths):
+        return [PromptSourceConfig(path=str(path)) for path in paths]
+
+    assert list(load_eval_sets(sources(good), tokenizer, data)) == ["good"]
+    with pytest.raises(UserError, match=r"bad\.jsonl: 1 of 2 problems have no reference answer"):
+        load_eval_sets(sources(good, bad), tokenizer, data)
+    with pytest.raises(UserError, match=r"good\.json: a second set named 'good'"):
+        load_eval_sets(sources(good, twin), tokenizer, data)
+    named = [*sources(good), PromptSourceConfig(path=str(twin), name="second")]
+    assert list(load_eval_sets(named, tokenizer, data)) == ["good", "second"]

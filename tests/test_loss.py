@@ -39,9 +39,7 @@ def written_formula(model, config, old) -> torch.Tensor:
     before = logprob.detach() if old is None else old.double()
     advantage = reward - (before - ref)
     ratio = (logprob - before).exp()
-    gain = torch.minimum(
-        ratio * advantage, ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantage
-    )
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantage)
     gain = torch.where(advantage < 0, torch.maximum(gain, objective.dual_clip * advantage), gain)
     weight = (before - rollout).exp().clamp(max=objective.is_cap)
     return -(weight * gain).mean()

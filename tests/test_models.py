@@ -75,9 +75,13 @@ def test_a_teacher_that_is_never_active_is_not_loaded(tiny, tmp_path):
 
 
 def test_identical_checkpoints_load_once(tiny, tmp_path):
-    link = tmp_path / "same"
+    link, copy = tmp_path / "link", tmp_path / "copy"
     link.symlink_to(tiny.expert)
-    teachers = {"expert": {"path": str(tiny.expert)}, "anti": {"path": str(link), "base": str(tiny.student)}}
+    shutil.copytree(tiny.expert, copy)
+    teachers = {
+        "expert": {"path": str(link), "base": str(copy)},
+        "anti": {"path": str(tiny.expert), "base": str(tiny.student)},
+    }
     config = config_for(tiny, tmp_path, teachers=teachers)
     scorer = Scorer(config, check_models(config), CPU)
     assert len(scorer.models) == 2, "expert and anti are one checkpoint, reference and base another"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tcopd_fast.config import Config, LoggingConfig
 from tcopd_fast.config_io import dump_config
@@ -64,16 +65,21 @@ def fake_run(
 
 
 def _config(path: Path, lambdas: dict[str, float], steps: int, seed: int) -> str:
+    # Names that the configuration refuses can still stand in a file that somebody edited.
+    safe = {name: f"t{i}" for i, name in enumerate(lambdas)}
     tree = {
         "run_dir": str(path),
         "steps": steps,
         "seed": seed,
         "model": {"path": "miniature:student", "dtype": "float32"},
-        "teachers": {name: {"path": f"miniature:{name}"} for name in lambdas},
+        "teachers": {safe[name]: {"path": f"miniature:{name}"} for name in lambdas},
         "data": {"train": [{"path": "miniature:train"}]},
-        "objective": {"lambdas": lambdas, "normalizer": "none"},
+        "objective": {"lambdas": {safe[k]: v for k, v in lambdas.items()}, "normalizer": "none"},
     }
-    return dump_config(Config.model_validate(tree))
+    resolved = yaml.safe_load(dump_config(Config.model_validate(tree)))
+    resolved["teachers"] = {name: resolved["teachers"][safe[name]] for name in lambdas}
+    resolved["objective"]["lambdas"] = dict(lambdas)
+    return yaml.safe_dump(resolved, sort_keys=False)
 
 
 def _metrics(rng: np.random.Generator, teachers: list[str], progress: float, final: float) -> dict[str, float]:

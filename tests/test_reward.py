@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tcopd_fast.config import Config
 from tcopd_fast.config_io import validate
-from tcopd_fast.metrics import advantage_of
-from tcopd_fast.reward import compute_reward, lambdas_at, reference_cancels
+from tcopd_fast.metrics import advantage_of, log_ratio, logged_reward
+from tcopd_fast.reward import compute_reward, lambdas_at, reference_cancels, reference_ever_needed
 from tcopd_fast.types import Prompt, Rollout, ScoredRollout
 
 
@@ -134,8 +134,8 @@ def test_a_teacher_with_its_own_base_is_measured_against_it():
 
 def test_warmup_scales_negative_coefficients_only():
     config = config_with({"a": 1.5, "b": -0.8}, lambda_warmup_steps=4)
-    assert lambdas_at(config, "d", 0) == {"a": 1.5, "b": 0.0}
-    assert lambdas_at(config, "d", 2) == {"a": 1.5, "b": pytest.approx(-0.4)}
+    assert lambdas_at(config, "d", 0) == {"a": 1.5, "b": pytest.approx(-0.2)}
+    assert lambdas_at(config, "d", 1) == {"a": 1.5, "b": pytest.approx(-0.4)}
     assert lambdas_at(config, "d", 9) == {"a": 1.5, "b": -0.8}
 
 
@@ -147,3 +147,15 @@ def test_judge_term_is_centred_and_off_by_default():
     for m, p, sign in zip(mixed, plain, (1, -1), strict=True):
         torch.testing.assert_close(m.reward - p.reward, torch.full((2,), sign * 0.15), atol=1e-6, rtol=0)
     assert all(math.isfinite(float(x)) for r in plain for x in r.reward)
+
+
+def test_logged_parts_add_up_to_the_advantage_when_the_reference_was_not_run():
+    lambdas = {"a": 2.5, "b": -0.5}
+    config = config_with(lambdas, scoring={"skip_unused_reference": True})
+    item = scored(8, 5, ["a", "b"], ref=False)
+    [rewarded] = compute_reward(config, [item], [lambdas], [None])
+    parts = sum(lambdas[name] / 2 * log_ratio(rewarded, name, item.old_logprob) for name in lambdas)
+    torch.testing.assert_close(parts, advantage_of(config, rewarded, item.old_logprob), atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts, logged_reward(rewarded, item.old_logprob), atol=1e-5, rtol=0)
+    assert not reference_ever_needed(config)
+    assert reference_ever_needed(config_with({"a": 1.5, "b": -0.5}, scoring={"skip_unused_reference": True}))

@@ -120,8 +120,7 @@ def distinct_problems(
         if len(texts) == count:
             break
     return [
-        Problem(f"{split}-{domain}-{number:05d}", text, answer_of(text), domain)
-        for number, text in enumerate(texts)
+        Problem(f"{split}-{domain}-{number:05d}", text, answer_of(text), domain) for number, text in enumerate(texts)
     ]
 
 

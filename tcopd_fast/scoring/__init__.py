@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import filecmp
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,32 +12,35 @@ from torch import Tensor
 from tcopd_fast.config import Config, FrozenModelConfig
 from tcopd_fast.models import ModelSet, PackedCausalLM, load_causal_lm, resolve_path
 from tcopd_fast.packing import pack, split_by_tokens
-from tcopd_fast.reward import reference_cancels
+from tcopd_fast.reward import reference_cancels, reference_ever_needed
 from tcopd_fast.types import Rollout, ScoredRollout
 
 REFERENCE = "reference"
+ModelKey = tuple[str, str]
 
 
 class Scorer:
     """Frozen models, each distinct checkpoint loaded once, run only on the samples that need them.
 
-    roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`.
+    roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`: (path, dtype).
     """
 
     def __init__(self, config: Config, models: ModelSet, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.roles: dict[str, str] = {}
-        self.models: dict[str, PackedCausalLM] = {}
-        wanted = {REFERENCE: config.reference or FrozenModelConfig(path=config.model.path), **config.teachers}
+        self.roles: dict[str, ModelKey] = {}
+        self.models: dict[ModelKey, PackedCausalLM] = {}
+        wanted = {name: teacher for name, teacher in config.teachers.items() if self._ever_active(name)}
+        if reference_ever_needed(config):
+            wanted[REFERENCE] = config.reference or FrozenModelConfig(path=config.model.path)
         for name, teacher in config.teachers.items():
-            if teacher.base is not None:
+            if teacher.base is not None and self._ever_active(name):
                 wanted[f"{name}.base"] = FrozenModelConfig(path=teacher.base, dtype=teacher.dtype)
         for role, spec in wanted.items():
-            if role in config.teachers and not self._ever_active(role):
-                continue
             dtype = spec.dtype or config.model.dtype
-            key = checkpoint_identity(spec.path, dtype)
+            key = next(
+                (k for k in self.models if k[1] == dtype and same_checkpoint(k[0], spec.path)), (spec.path, dtype)
+            )
             self.roles[role] = key
             if key not in self.models:
                 lm = load_causal_lm(
@@ -62,7 +65,7 @@ class Scorer:
 
         lambdas: teacher -> λ, one table per rollout. old_logprobs: the learner's own, passed through.
         """
-        needs: dict[str, set[int]] = {key: set() for key in self.models}
+        needs: dict[ModelKey, set[int]] = {key: set() for key in self.models}
         roles_of = [self._roles_for(table) for table in lambdas]
         for i, roles in enumerate(roles_of):
             for role in roles:
@@ -93,7 +96,7 @@ class Scorer:
 
     @torch.inference_mode()
     def logprobs(
-        self, key: str, rollouts: Sequence[Rollout], indices: Sequence[int], temperature: float | None = None
+        self, key: ModelKey, rollouts: Sequence[Rollout], indices: Sequence[int], temperature: float | None = None
     ) -> dict[int, Tensor]:
         """Rollout index -> float32 [L] on the CPU, under one model, packed within the token budget."""
         temperature = temperature or self.config.rollout.temperature
@@ -108,11 +111,23 @@ class Scorer:
         return out
 
 
-def checkpoint_identity(path: str, dtype: str) -> str:
-    """A key equal for checkpoints whose weight files are the same files, through links and hub caches alike."""
-    resolved = resolve_path(path)
-    folder = Path(resolved)
-    if not folder.is_dir():
-        return f"{resolved}@{dtype}"
-    files = sorted(os.path.realpath(file) for file in folder.glob("*.safetensors"))
-    return "|".join(files) + f"@{dtype}"
+def weight_files(path: str) -> tuple[Path, ...]:
+    """The checkpoint's weight files with every link resolved; empty for a hub id."""
+    return tuple(sorted(file.resolve() for file in Path(resolve_path(path)).glob("*.safetensors")))
+
+
+def same_checkpoint(a: str, b: str) -> bool:
+    """True when two paths name the same weights: one path, the same files, or files and config of equal content.
+
+    Fine-tunes of one base differ in their first pages, so comparing them reads little.
+    """
+    if a == b:
+        return True
+    files_a, files_b = weight_files(a), weight_files(b)
+    if not files_a or len(files_a) != len(files_b):
+        return False
+    if files_a == files_b:
+        return True
+    configs = [Path(resolve_path(path)) / "config.json" for path in (a, b)]
+    pairs = [*zip(files_a, files_b, strict=True), (configs[0], configs[1])]
+    return all(filecmp.cmp(x, y, shallow=False) for x, y in pairs)
