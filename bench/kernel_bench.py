@@ -3,13 +3,14 @@
     python bench/kernel_bench.py [--json OUT] [--shapes tiny|small|full] [--rounds R] [--providers A,B] [--budget-s S]
 
 Cases: token logprobs (forward; forward and backward with a fixed random gradient per token), the policy loss
-(forward; forward and backward), and logprobs of K = 1, 2, 4 frozen teachers. Every round calls each provider once,
-in rotating order, together with one bare GEMM hidden @ weightᵀ; `ratio` is the median over the rounds of a call's
-time in units of that round's GEMM ("G"). First calls (compilation, tuning) are reported apart. Errors are against
-float64 on all tokens. Memory is what a call takes above its inputs, results included, in a fresh process: per
-provider on a GPU (allocator peak after one warm call, largest N), per call on a CPU (peak resident size).
-Clock: CUDA events on a GPU; on one CPU thread its CPU time, which other work on the machine hardly touches; else
-wall time. The JSON names it.
+(forward; forward and backward), and logprobs of K = 1, 2, 4 frozen teachers. On a CPU also the policy loss, forward
+and backward, on peaked distributions of mean entropy 0.5 and 3 nats (see peaked_inputs); ours_torch_tol is
+ours_torch with grad_tol 2⁻⁸. Every round calls each provider once, in rotating order, together with one bare GEMM
+hidden @ weightᵀ; `ratio` is the median over the rounds of a call's time in units of that round's GEMM ("G"). First
+calls (compilation, tuning) are reported apart. Errors are against float64 on all tokens. Memory is what a call takes
+above its inputs, results included, in a fresh process: per provider on a GPU (allocator peak after one warm call,
+largest N), per call on a CPU (peak resident size). Clock: CUDA events on a GPU; on one CPU thread its CPU time, which
+other work on the machine hardly touches; else wall time. The JSON names it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ SHAPES_NVD = {
 LOGIT_STD = 2.0
 EXACT_CHUNK = 1024
 GEMM = "gemm"
-OURS = ("ours_torch", "ours_triton")
+OURS = ("ours_torch", "ours_torch_tol", "ours_triton")
+GRAD_TOL = 2.0**-8
+# Mean entropy in nats of the cases on peaked inputs.
+ENTROPY_OF = {"loss_low_entropy": 0.5, "loss_high_entropy": 3.0}
 PACKAGE_OF = {"liger": "liger-kernel", "cce_exact": "cut-cross-entropy", "cce_torch_compile": "cut-cross-entropy"}
 # Peaks of at most this many providers fit one GPU together.
 MEMORY_PROCESSES = 3
@@ -102,6 +106,40 @@ def make_inputs(shape: Shape, device: torch.device, teachers: int) -> Inputs:
     return Inputs(hidden, weight, targets, *vectors, hiddens, heads)
 
 
+@torch.no_grad()
+def peaked_inputs(x: Inputs, entropy: float) -> Inputs:
+    """On-policy problem whose distributions have the given mean entropy in nats and tails like a language model's.
+
+    Logits are a Zipf prior −1.5·log(rank), Gaussian noise of 1.5, and for one random token per row so much more that
+    its odds against all others are normal around a common level, which bisection finds, with deviation 2. At 0.5
+    nats about one row in ten has over 1.2, at 3 nats over 4. Targets are sampled; old_logprob is the policy's own.
+    """
+    N, V = len(x.hidden), len(x.weight)
+    gen = torch.Generator(x.hidden.device).manual_seed(1)
+    weight, content = x.weight / LOGIT_STD, x.hidden * 1.5
+    weight[:, 0] = -1.5 / 16 * torch.arange(1, V + 1, device=weight.device).log()
+    content[:, 0] = 16.0
+    favoured = torch.randint(0, V, (N,), generator=gen, device=weight.device)
+    direction = weight[favoured].index_fill(1, torch.zeros(1, dtype=torch.long, device=weight.device), 0.0)
+    direction /= direction.square().sum(1, keepdim=True)
+    lift = 2.0 * torch.randn(N, generator=gen, device=weight.device)
+    lift -= linear_logprob(content, weight, favoured, backend="torch").logprob
+    low, high = -15.0, 20.0
+    for _ in range(12):
+        level = (low + high) / 2
+        hidden = content + (lift + level).unsqueeze(1) * direction
+        found = linear_logprob(hidden, weight, favoured, entropy=True, backend="torch").entropy
+        low, high = (level, high) if found is not None and found.mean() > entropy else (low, level)
+    chunks = hidden.split(64)
+    targets = [torch.multinomial(torch.softmax(h @ weight.T, 1), 1, generator=gen).squeeze(1) for h in chunks]
+    old = linear_logprob(hidden, weight, torch.cat(targets), backend="torch").logprob
+    return replace(x, hidden=hidden, weight=weight, targets=torch.cat(targets), old_logprob=old)
+
+
+def inputs_of(case: str, x: Inputs) -> Inputs:
+    return peaked_inputs(x, ENTROPY_OF[case]) if case in ENTROPY_OF else x
+
+
 def materialised_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """What trainers without a fused head do: logits in the input's dtype, log_softmax in fp32."""
     logits = hidden @ weight.T
@@ -137,15 +175,19 @@ def provider_of(logprob: Logprob, transform: Callable[[Callable], Callable] = la
     return Provider(alone, loss, teachers)
 
 
-def our_provider(backend: str) -> Provider:
+def our_provider(backend: str, grad_tol: float = 0.0) -> Provider:
     def loss(x: Inputs, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return linear_tcopd_loss(
             hidden, weight, x.targets,
-            advantage=x.advantage, old_logprob=x.old_logprob, weights=x.weights, backend=backend,
+            advantage=x.advantage, old_logprob=x.old_logprob, weights=x.weights,
+            grad_tol=grad_tol, backend=backend,
         )[0]  # fmt: skip
 
+    def logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return linear_logprob(hidden, weight, targets, grad_tol=grad_tol, backend=backend).logprob
+
     return Provider(
-        lambda hidden, weight, targets: linear_logprob(hidden, weight, targets, backend=backend).logprob,
+        logprob,
         loss,
         partial(multi_linear_logprob, backend=backend),
     )
@@ -169,6 +211,7 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "eager": lambda: provider_of(materialised_logprob),
     "compile": lambda: provider_of(materialised_logprob, partial(torch.compile, dynamic=False)),
     "ours_torch": lambda: our_provider("torch"),
+    "ours_torch_tol": lambda: our_provider("torch", GRAD_TOL),
     "ours_triton": lambda: our_provider("triton"),
     "liger": liger_provider,
     "cce_exact": lambda: cce_provider("cce"),
@@ -178,7 +221,14 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
 
 def available_providers(device: torch.device) -> list[str]:
     """All whose package is installed on a GPU; on a CPU compiling would outlast the measurement."""
-    return [name for name in PROVIDERS if installed(name)] if device.type == "cuda" else ["eager", "ours_torch"]
+    if device.type != "cuda":
+        return ["eager", "ours_torch", "ours_torch_tol"]
+    return [name for name in PROVIDERS if installed(name) and name != "ours_torch_tol"]
+
+
+def available_cases(device: torch.device) -> list[str]:
+    """The Triton kernels do not use grad_tol, so peaked inputs would tell nothing new on a GPU."""
+    return [case for case in CASES if device.type != "cuda" or case not in ENTROPY_OF]
 
 
 def installed(provider: str) -> bool:
@@ -219,6 +269,8 @@ CASES: dict[str, Callable[[Provider, Inputs], Results]] = {
     "logprob_forward_backward": logprob_forward_backward,
     "loss_forward": loss_forward,
     "loss_forward_backward": loss_forward_backward,
+    "loss_low_entropy": loss_forward_backward,
+    "loss_high_entropy": loss_forward_backward,
     **{f"teachers_{K}": partial(teachers_forward, K=K) for K in (1, 2, 4)},
 }
 # Their memory costs a process each on a CPU, and compiling on a GPU.
@@ -365,13 +417,13 @@ def measure(
         torch.compiler.reset()
         x = None
         N, V, D = shape
-        for case in CASES:
+        for case in available_cases(device):
             head = {"case": case, "N": N, "V": V, "D": D, "fp32_logits_bytes": N * V * 4}
             if time.monotonic() > deadline:
                 yield head | {"skipped": "time budget spent"}
                 continue
             x = x or make_inputs(shape, device, max(map(teachers_of, CASES)))
-            for name, row in measure_case(case, providers, x, rounds, device).items():
+            for name, row in measure_case(case, providers, inputs_of(case, x), rounds, device).items():
                 yield head | {"provider": name, "dtype": str(x.hidden.dtype).removeprefix("torch.")} | row
 
 

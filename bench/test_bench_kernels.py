@@ -23,11 +23,11 @@ def provider(name: str) -> kernel_bench.Provider:
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize("case", kernel_bench.CASES)
+@pytest.mark.parametrize("case", kernel_bench.available_cases(DEVICE))
 @pytest.mark.parametrize("shape", kernel_bench.SHAPES_NVD["small"], ids=lambda shape: "x".join(map(str, shape)))
 def test_kernel(benchmark, shape, case, name):
     benchmark.group = f"{case} {shape}"
-    x = inputs(shape)
+    x = kernel_bench.inputs_of(case, inputs(shape))
 
     def call():
         if name == kernel_bench.GEMM:

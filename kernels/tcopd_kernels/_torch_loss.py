@@ -3,7 +3,7 @@ upstream gradient is known, so they are multiplied once, not recomputed (3 GEMMs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +13,15 @@ from tcopd_kernels._checks import accumulation_dtype
 from tcopd_kernels._torch import (
     WORKSPACE_BYTES,
     OnlineSoftmax,
+    SoftmaxTile,
     Upstream,
-    add_matmul_,
     gemm_dtype,
     logits,
     slices,
-    tile_elements,
+    tile_shape,
+    tile_view,
 )
+from tcopd_kernels._torch_grads import Grads, HeadGradients, Needs
 from tcopd_kernels.policy_loss import merge_metrics
 
 # Bound of the kept [rows, V] logits. A weight-gradient GEMM reads and writes all of dW once per row chunk, so
@@ -29,22 +31,6 @@ ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 
 # (rows, logprob [n]) -> (loss, metrics, d loss / d logprob [n])
 TokenLoss = Callable[[slice, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]
-
-# Gradients of hidden [N, D], weight [V, D] and bias [V].
-Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-
-
-class Needs(NamedTuple):
-    """Which gradients of the head are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @classmethod
-    def of(cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Needs:
-        enabled = torch.is_grad_enabled()
-        return cls(*(enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)))
 
 
 class LossPass(NamedTuple):
@@ -56,56 +42,6 @@ class LossPass(NamedTuple):
     lse: torch.Tensor
     entropy: torch.Tensor | None
     grads: Grads
-
-
-class HeadGradients:
-    """fp32 (float64) accumulators for the gradients of hidden [N,D], weight [V,D] and bias [V]."""
-
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, needs: Needs) -> None:
-        acc = accumulation_dtype(hidden.dtype)
-        self.operand = gemm_dtype(hidden)
-        self.head = weight
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=acc) if needs.hidden else None
-        self.weight = weight.new_zeros(weight.shape, dtype=acc) if needs.weight else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=acc) if needs.bias else None
-
-    def add(self, rows: slice | torch.Tensor, h: torch.Tensor, dlogits: Iterable[tuple[slice, torch.Tensor]]) -> None:
-        """Adds the gradients of `rows`, whose hidden states are h [n, D], from tiles (cols, dz [n, cols])."""
-        local = None if self.hidden is None else self.hidden.new_zeros(h.shape)
-        for cols, dz in dlogits:
-            if self.bias is not None:
-                self.bias[cols] += dz.sum(0)
-            dz = dz.to(self.operand)
-            if local is not None:
-                add_matmul_(local, dz, self.head[cols].to(self.operand))
-            if self.weight is not None:
-                add_matmul_(self.weight[cols], dz.T, h)
-        if self.hidden is not None and local is not None:
-            self.hidden[rows] = local
-
-    def finish(self, scale: torch.Tensor | None) -> Grads:
-        """The gradients times `scale`, those of hidden and weight in bf16 for a bf16 head.
-
-        Those of an fp16 head stay fp32, because the caller's loss scale arrives only in the backward.
-        """
-        acc = accumulation_dtype(self.head.dtype)
-        hidden, weight, bias = scaled_grads((self.hidden, self.weight, self.bias), scale, acc)
-        if self.head.dtype != torch.bfloat16:
-            return hidden, weight, bias
-        hidden, weight, _ = scaled_grads((hidden, weight, None), None, torch.bfloat16)
-        return hidden, weight, bias
-
-
-def scaled_grads(grads: Grads, scale: torch.Tensor | None, dtype: torch.dtype) -> Grads:
-    """The gradients times `scale` (None: 1), multiplied in fp32 or wider, in `dtype`."""
-
-    def scaled(grad: torch.Tensor | None) -> torch.Tensor | None:
-        if grad is None or scale is None:
-            return None if grad is None else grad.to(dtype)
-        return (grad.to(accumulation_dtype(grad.dtype)) * scale).to(dtype)
-
-    hidden, weight, bias = grads
-    return scaled(hidden), scaled(weight), scaled(bias)
 
 
 def single_pass(
@@ -128,30 +64,23 @@ def single_pass(
     grads = HeadGradients(hidden, weight, needs)
     n_rows, vocab = hidden.shape[0], weight.shape[0]
     rows_per_chunk, cols_per_tile = chunk_shape(hidden, vocab, buffers=1)
-    buffer = hidden.new_empty((rows_per_chunk, vocab), dtype=accumulation_dtype(hidden.dtype))
+    acc = accumulation_dtype(hidden.dtype)
+    buffer = hidden.new_empty(rows_per_chunk * vocab, dtype=acc)
+    scratch = hidden.new_empty(rows_per_chunk * cols_per_tile, dtype=acc)
+    head = (bias, temperature, softcap)
     parts = []
     for rows in slices(n_rows, rows_per_chunk) if n_rows else [slice(0, 0)]:
         h, y = hidden[rows].to(grads.operand), targets[rows]
-        z = buffer[: len(h)]
-        softmax = OnlineSoftmax(y, z.dtype, entropy)
-        if len(h):
-            for cols in slices(vocab, cols_per_tile):
-                z[:, cols] = logits(h, weight[cols].to(grads.operand), bias, cols, temperature, softcap)
-                softmax.update(z[:, cols], cols)
-        stats = softmax.finish()
-        loss, metrics, dlogprob = token_loss(rows, stats[0])
-        parts.append((loss, metrics, stats))
+        chunk = Chunk(h, y, weight, buffer, scratch, head, cols_per_tile, entropy)
+        loss, metrics, dlogprob = token_loss(rows, chunk.stats[0])
+        parts.append((loss, metrics, chunk.stats))
         active = dlogprob.nonzero().squeeze(1)
         if len(active) == 0:
             continue
-        lse = stats[1]
-        where: slice | torch.Tensor = rows
-        if len(active) < len(h):
-            h, z, y, lse, dlogprob = h[active], z[active], y[active], lse[active], dlogprob[active]
-            where = active + rows.start
-        dlogprob = dlogprob if scale is None else dlogprob / scale
-        upstream = Upstream(y, lse, None, dlogprob, torch.zeros_like(lse), None)
-        grads.add(where, h, _dlogits_tiles(z, upstream, cols_per_tile, temperature, softcap))
+        upstream = Upstream(
+            y, chunk.stats[1], None, dlogprob if scale is None else dlogprob / scale, torch.zeros_like(dlogprob), None
+        )
+        grads.add(active + rows.start, *chunk.dlogits(active, upstream))
     losses, metrics_parts, stats_parts = zip(*parts, strict=True)
     logprobs, lses, entropies = zip(*stats_parts, strict=True)
     return LossPass(
@@ -164,11 +93,50 @@ def single_pass(
     )
 
 
-def _dlogits_tiles(
-    z: torch.Tensor, upstream: Upstream, cols_per_tile: int, temperature: float, softcap: float | None
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    for cols in slices(z.shape[1], cols_per_tile):
-        yield cols, upstream.dlogits_(z[:, cols], cols, temperature, softcap)
+class Chunk:
+    """The probabilities of a chunk of n rows over the whole vocabulary, kept tile by tile, each [n, columns].
+
+    A tile is kept as its own softmax; its share of the row's mass is known when all tiles are.
+    """
+
+    def __init__(
+        self,
+        h: torch.Tensor,
+        targets: torch.Tensor,
+        weight: torch.Tensor,
+        buffer: torch.Tensor,
+        scratch: torch.Tensor,
+        head: tuple[torch.Tensor | None, float, float | None],
+        cols_per_tile: int,
+        entropy: bool,
+    ) -> None:
+        self.h, self.width = h, cols_per_tile
+        self.options = head[1:]
+        n, vocab = len(h), weight.shape[0]
+        softmax = OnlineSoftmax(targets, buffer.dtype, entropy)
+        tiles: list[SoftmaxTile] = []
+        self.cols = list(slices(vocab, cols_per_tile)) if n else []
+        for cols in self.cols:
+            width = cols.stop - cols.start
+            z = logits(h, weight[cols].to(h.dtype), head[0], cols, *head[1:], tile_view(scratch, n, width))
+            tiles.append(softmax.update(z, cols, tile_view(buffer[n * cols.start :], n, width)))
+        self.stats = softmax.finish()
+        self.p = [tile.p for tile in tiles]
+        self.shares = [tile.share(self.stats[1]) for tile in tiles]
+
+    def dlogits(
+        self, places: torch.Tensor, upstream: Upstream
+    ) -> tuple[torch.Tensor, Iterator[tuple[slice, torch.Tensor]]]:
+        """Hidden states and dlogits of the rows at `places`, over the whole vocabulary; overwrites the tiles."""
+        part = upstream if len(places) == len(self.h) else upstream[places]
+        tiles = (
+            (cols, part.from_probabilities_(self._rows(p, places), cols, *self.options, self._rows(share, places)))
+            for cols, p, share in zip(self.cols, self.p, self.shares, strict=True)
+        )
+        return self._rows(self.h, places), tiles
+
+    def _rows(self, tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return tensor if len(places) == len(self.h) else tensor[places]
 
 
 def chunk_shape(hidden: torch.Tensor, vocab: int, *, buffers: int) -> tuple[int, int]:
@@ -179,10 +147,8 @@ def chunk_shape(hidden: torch.Tensor, vocab: int, *, buffers: int) -> tuple[int,
     limit = max(1, min(n_rows, budget // (acc.itemsize * vocab * buffers)))
     n_chunks = -(-n_rows // limit)
     rows = -(-n_rows // n_chunks)
-    cols = tile_elements(acc) // rows
-    if gemm_dtype(hidden) != hidden.dtype:
-        cols = min(cols, tile_elements(acc) // dim)
-    return rows, max(1, min(vocab, cols))
+    _, cols = tile_shape(rows, vocab, dim if gemm_dtype(hidden) != hidden.dtype else 1, acc, hidden.device)
+    return rows, cols
 
 
 def half_precision_scale(dtype: torch.dtype, weights: torch.Tensor) -> torch.Tensor | None:

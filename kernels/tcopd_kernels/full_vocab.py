@@ -19,14 +19,8 @@ from tcopd_kernels._checks import (
     check_vector,
 )
 from tcopd_kernels._torch import OnlineSoftmax, gemm_dtype, logits, slices
-from tcopd_kernels._torch_loss import (
-    AttachGradients,
-    Grads,
-    HeadGradients,
-    Needs,
-    chunk_shape,
-    half_precision_scale,
-)
+from tcopd_kernels._torch_grads import Grads, HeadGradients, Needs
+from tcopd_kernels._torch_loss import AttachGradients, chunk_shape, half_precision_scale
 from tcopd_kernels.advantage import NORMALIZERS, expand_lambdas, normalizing_count
 
 

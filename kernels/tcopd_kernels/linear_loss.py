@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from tcopd_kernels import reference
+from tcopd_kernels import _torch, _torch_compact, reference
 from tcopd_kernels._backend import load_backend, resolve_backend, without_autocast
 from tcopd_kernels._checks import (
     check_head,
@@ -18,16 +18,9 @@ from tcopd_kernels._checks import (
     check_vector,
     select_targets,
 )
-from tcopd_kernels._torch_loss import (
-    AttachGradients,
-    Grads,
-    LossPass,
-    Needs,
-    TokenLoss,
-    half_precision_scale,
-    scaled_grads,
-    single_pass,
-)
+from tcopd_kernels._torch_compact import exact_certificate
+from tcopd_kernels._torch_grads import Grads, Needs, scaled_grads
+from tcopd_kernels._torch_loss import AttachGradients, LossPass, TokenLoss, half_precision_scale, single_pass
 from tcopd_kernels.linear_logprob import scatter_rows, take_rows
 from tcopd_kernels.policy_loss import k3_penalty, tcopd_policy_loss
 from tcopd_kernels.types import TokenLogprobs
@@ -69,7 +62,9 @@ def linear_tcopd_loss(
 
     The gradients are computed during the forward and kept (the size of hidden and, unless frozen, of weight);
     the backward only scales them. Inputs that need no gradient cost none, and rows whose gradient is zero take
-    no part in the gradient GEMMs.
+    no part in the gradient GEMMs. With grad_tol > 0 neither do the columns that are improbable in all rows of a
+    chunk, within the bounds given in linear_logprob for c_i = −d loss / d logprob_i (times the loss's own upstream
+    gradient).
 
     Args:
         hidden: [N, D], fp16, bf16, fp32 or float64.   weight: [V, D].   targets: [N] int32 or int64.
@@ -85,7 +80,11 @@ def linear_tcopd_loss(
 
     Returns:
         loss: 0-dim, fp32 or float64.
-        metrics: those of tcopd_policy_loss, and ref_kl_sum (Σ k3, unweighted) when ref_logprob is given.
+        metrics: those of tcopd_policy_loss, and ref_kl_sum (Σ k3, unweighted) when ref_logprob is given. With
+            grad_tol > 0 also the certificate of the gradients: dropped_mass_sum and dropped_mass_max (of r_i; 0
+            for dense rows), dense_row_count (rows over grad_tol, computed exactly), grad_row_count (rows with a
+            gradient; "reference" counts all with weight) and kept_column_sum (Σ over those of the columns kept,
+            V for a dense row). All but dropped_mass_max add up over micro-batches and ranks.
         TokenLogprobs: detached; 0 for ignored tokens.
 
     Raises:
@@ -109,12 +108,14 @@ def linear_tcopd_loss(
         counted = tokens._replace(weights=torch.where(targets != ignore_index, weights, 0.0))
         loss, metrics = counted.loss(stats.logprob, policy)
         token_entropy = None if stats.entropy is None else stats.entropy.detach()
+        if grad_tol:
+            metrics |= exact_certificate(int(metrics["token_count"]), weight.shape[0], loss)
         return loss, metrics, TokenLogprobs(stats.logprob.detach(), stats.lse.detach(), token_entropy)
 
     tokens = tokens.map(lambda t: take_rows(t, rows))
     needs = Needs.of(hidden, weight, bias)
     run: Callable[..., LossPass] = single_pass
-    if name != "torch" or not any(needs):
+    if name != "torch" or grad_tol or not any(needs):
         run = partial(_two_passes, backend=name, grad_tol=grad_tol)
     scale = half_precision_scale(hidden.dtype, tokens.weights)
     with torch.no_grad(), without_autocast(hidden):
@@ -216,23 +217,33 @@ def _two_passes(
     backend: str,
     grad_tol: float,
 ) -> LossPass:
-    """Forward over all rows, then the recomputing backward, for backends that keep no logits."""
+    """Forward over all rows, then the recomputing backward: for backends that keep no logits, and for compaction,
+    which recomputes only a few."""
     kernels = load_backend(backend)
-    head = {"bias": bias, "temperature": temperature, "softcap": softcap}
-    logprob, lse, ent = kernels.forward(hidden, weight, targets, entropy=entropy, **head)
+    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
+    compact = backend == "torch" and grad_tol > 0 and any(needs)
+    bounds = _torch.new_bounds(len(hidden), weight) if compact else None
+    extra = {} if bounds is None else {"bounds": bounds}
+    logprob, lse, ent = kernels.forward(hidden, weight, targets, entropy=entropy, **head, **extra)
     loss, metrics, dlogprob = token_loss(slice(0, len(hidden)), logprob)
+    active = dlogprob.nonzero().squeeze(1) if any(needs) else torch.zeros_like(targets[:0])
+    rows = None if len(active) == len(hidden) else active
+    operands = (take_rows(hidden, rows), weight, take_rows(targets, rows), take_rows(lse, rows))
+    upstream = take_rows(dlogprob if scale is None else dlogprob / scale, rows)
     grads: Grads = (None, None, None)
-    if any(needs):
-        nonzero = dlogprob.nonzero().squeeze(1)
-        active = None if len(nonzero) == len(hidden) else nonzero
-        grads = kernels.backward(
-            take_rows(hidden, active), weight, take_rows(targets, active), take_rows(lse, active), None,
-            take_rows(dlogprob if scale is None else dlogprob / scale, active), None, None,
-            need_hidden=needs.hidden, need_weight=needs.weight, need_bias=needs.bias,
-            grad_tol=grad_tol, **head,
+    report = exact_certificate(len(active), weight.shape[0], lse) if grad_tol else {}
+    if bounds is not None:
+        grads, report = _torch_compact.backward(
+            *operands, upstream, None, needs=needs, grad_tol=grad_tol,
+            bounds=bounds, blocks=active // _torch.BOUND_ROWS, **head,
         )  # fmt: skip
-        if scale is not None:
-            grads = scaled_grads(grads, scale, torch.float32)
-        if grads[0] is not None:
-            grads = (scatter_rows(grads[0], active, len(hidden)), *grads[1:])
-    return LossPass(loss, metrics, logprob, lse, ent, grads)
+    elif any(needs):
+        grads = kernels.backward(
+            *operands, None, upstream, None, None,
+            need_hidden=needs.hidden, need_weight=needs.weight, need_bias=needs.bias, **head,
+        )  # fmt: skip
+    if scale is not None:
+        grads = scaled_grads(grads, scale, torch.float32)
+    if grads[0] is not None:
+        grads = (scatter_rows(grads[0], rows, len(hidden)), *grads[1:])
+    return LossPass(loss, metrics | report, logprob, lse, ent, grads)
