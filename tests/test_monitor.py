@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import sys
 import time
 import types
@@ -92,6 +93,13 @@ def test_clock_closes_a_stage_that_raised() -> None:
     assert "time_s/reward" in clock.collect()
 
 
+def touch_new_pages(size: int) -> None:
+    """Make `size` bytes resident and give them back; an allocator could serve a tensor from pages it still holds."""
+    with mmap.mmap(-1, size) as block:
+        for offset in range(0, size, mmap.PAGESIZE):
+            block[offset] = 1
+
+
 def test_clock_sees_an_allocation_in_the_stage_that_made_it() -> None:
     clock = StageClock("cpu")
     if not clock.resets_peak:
@@ -99,8 +107,7 @@ def test_clock_sees_an_allocation_in_the_stage_that_made_it() -> None:
     with clock.stage("data"):
         pass
     with clock.stage("rollout"):
-        block = torch.ones(64 * MIB // 4)
-        del block
+        touch_new_pages(64 * MIB)
     with clock.stage("loss"):
         pass
     peak = _peaks(clock.collect())
@@ -113,8 +120,7 @@ def test_clock_keeps_the_outer_peak_when_a_stage_nests() -> None:
     if not clock.resets_peak:
         pytest.skip("this kernel does not let a process reset its resident-set peak")
     with clock.stage("scoring"):
-        block = torch.ones(64 * MIB // 4)
-        del block
+        touch_new_pages(64 * MIB)
         with clock.stage("reward"):
             pass
     peak = _peaks(clock.collect())
