@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -171,9 +172,14 @@ class Learner:
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, at the same number of ranks. Raises UserError when it cannot be read."""
-        path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        try:
+            path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"checkpoint {folder}: damaged ({error}); delete it to resume from the one before"
+            ) from error
         if path is None:
-            raise UserError(f"checkpoint {folder}: cannot be read; delete it to resume from the one before")
+            raise UserError(f"checkpoint {folder}: incomplete; delete it to resume from the one before")
         self.steps_taken = state["tcopd"]["steps_taken"]
 
 

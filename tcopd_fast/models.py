@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tcopd_kernels import TokenLogprobs, linear_logprob
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -136,8 +137,10 @@ def load_causal_lm(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"model {path}: its weights cannot be loaded ({_first_line(error)}); download or export it again"
+        ) from error
     if type(model.get_output_embeddings()) is not nn.Linear:
         raise UserError(
             f"model {path}: the output head is {type(model.get_output_embeddings()).__name__}; "

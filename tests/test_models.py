@@ -142,6 +142,15 @@ def test_a_missing_checkpoint_is_named(tiny, tmp_path):
         )
 
 
+def test_truncated_weights_are_named(tiny, tmp_path):
+    folder = tmp_path / "truncated"
+    shutil.copytree(tiny.expert, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="truncated: its weights cannot be loaded"):
+        load_causal_lm(str(folder), dtype="float32", attention="sdpa", vocab_size=None)
+
+
 def test_pickled_weights_are_not_loaded(tiny, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(tiny.expert, folder)

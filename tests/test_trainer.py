@@ -237,3 +237,15 @@ def test_a_learner_that_disagrees_with_its_frozen_copy_is_stopped(tiny, tmp_path
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 2
     assert "error: scoring.self_check_tolerance=1e-12: the student as a frozen model differs" in output
+
+
+def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    run(["--config", str(write_config(tmp_path / "c.yaml", tiny.tree(run_dir, steps=1)))])
+    [file] = (run_dir / "checkpoints" / "step_000001" / "deepspeed").glob("*model_states.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    [process] = start(["--resume", str(run_dir), "steps=2"])
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 2
+    assert "step_000001: damaged" in output and "delete it to resume from the one before" in output
+    assert "Traceback" not in output
