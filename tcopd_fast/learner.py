@@ -16,7 +16,7 @@ from tcopd_fast.config import Config
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.loss import policy_loss
-from tcopd_fast.models import ModelSet, PackedCausalLM, load_causal_lm
+from tcopd_fast.models import ModelSet, PackedCausalLM, first_line, load_causal_lm
 from tcopd_fast.monitor import StageClock
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.types import Batch, Rollout
@@ -176,7 +176,7 @@ class Learner:
             path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"checkpoint {folder}: damaged ({error}); delete it to resume from the one before"
+                f"checkpoint {folder}: damaged ({first_line(error)}); delete it to resume from the one before"
             ) from error
         if path is None:
             raise UserError(f"checkpoint {folder}: incomplete; delete it to resume from the one before")

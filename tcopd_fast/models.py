@@ -103,7 +103,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer of {path}: cannot be loaded ({_first_line(error)}); check the path or download it first"
+            f"tokenizer of {path}: cannot be loaded ({first_line(error)}); check the path or download it first"
         ) from error
 
 
@@ -113,7 +113,7 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model {path}: cannot be loaded ({_first_line(error)}); check the path or download it first"
+            f"model {path}: cannot be loaded ({first_line(error)}); check the path or download it first"
         ) from error
     text = _text_config(config)
     for key in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
@@ -139,7 +139,7 @@ def load_causal_lm(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"model {path}: its weights cannot be loaded ({_first_line(error)}); download or export it again"
+            f"model {path}: its weights cannot be loaded ({first_line(error)}); download or export it again"
         ) from error
     if type(model.get_output_embeddings()) is not nn.Linear:
         raise UserError(
@@ -230,5 +230,6 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
