@@ -20,3 +20,18 @@ class TokenLogprobs(NamedTuple):
     logprob: torch.Tensor
     lse: torch.Tensor
     entropy: torch.Tensor | None
+
+
+class Partials(NamedTuple):
+    """Softmax statistics of the columns seen so far, from which any number of parts can be merged; N tokens.
+
+    max: [N] m = max_v z_v.   sum: [N] Σ_v exp(z_v − m).   dot: [N] Σ_v exp(z_v − m)(z_v − m), or None without entropy.
+    target_logit: [N] z_y, and 0 where the target is not among these columns.
+
+    fp32, or float64 for float64 inputs.
+    """
+
+    max: torch.Tensor
+    sum: torch.Tensor
+    dot: torch.Tensor | None
+    target_logit: torch.Tensor
