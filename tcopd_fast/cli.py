@@ -86,6 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", default=None, metavar="DIR", help="default: RUN/export")
     export.add_argument("--step", type=int, default=None, help="checkpoint step (default: the newest)")
 
+    delta = command("delta", _delta, "Store a teacher as a lossless difference to a base, or verify one.")
+    actions = delta.add_subparsers(dest="action", required=True, metavar="make|check")
+    make = actions.add_parser("make", help="write the difference of TEACHER to BASE into the folder OUT")
+    make.add_argument(
+        "base", metavar="BASE", help="checkpoint that will be there anyway: folder, hub id, miniature:NAME"
+    )
+    make.add_argument("teacher", metavar="TEACHER", help="checkpoint of the same shapes, or a LoRA adapter folder")
+    make.add_argument("out", metavar="OUT", help="new folder; it stands wherever a teacher's path does")
+    verify = actions.add_parser("check", help="rebuild every tensor and compare it with what was recorded")
+    verify.add_argument("path", metavar="DELTA")
+    verify.add_argument("base", metavar="BASE")
+
     miniature = command("miniature", _miniature, "Re-create the miniature's checkpoints from nothing.")
     miniature.add_argument("action", choices=["build"])
     miniature.add_argument("--out", default="runs/miniature", metavar="DIR")
@@ -208,6 +220,23 @@ def _export(arguments: argparse.Namespace) -> int:
     from tcopd_fast.commands import run_export
 
     return run_export(Path(arguments.run_dir), Path(arguments.out) if arguments.out else None, arguments.step)
+
+
+def _delta(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.scoring import delta
+
+    if arguments.action == "check":
+        delta.check(arguments.path, arguments.base)
+        print(f"{arguments.path}: rebuilds exactly from {arguments.base}")
+        return 0
+    report = delta.make(arguments.base, arguments.teacher, arguments.out)
+    forms = ", ".join(f"{count} {form}" for form, count in report.forms.items())
+    print(
+        f"{arguments.out}: {report.delta_bytes} bytes, {report.delta_bytes / report.base_bytes:.1%} of the base's "
+        f"{report.base_bytes}; {report.changed / report.weights:.1%} of {report.weights} weights differ; "
+        f"tensors: {forms}"
+    )
+    return 0
 
 
 def _miniature(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
+Placement = Literal["auto", "resident", "offload", "delta"]
 
 
 class Section(BaseModel):
@@ -53,6 +54,10 @@ class FrozenModelConfig(Section):
     """Compute dtype; the student's when unset."""
     base: str | None = None
     """The teacher's own pre-RL base, used in place of the reference in its log-ratio (reward correction)."""
+    placement: Placement | None = None
+    """Where its weights live; scoring.placement when unset."""
+    delta_base: str | None = None
+    """For a folder made by `tcopd delta make`: the checkpoint it was made from; the reference when unset."""
 
 
 class PromptSourceConfig(Section):
@@ -135,6 +140,13 @@ class ScoringConfig(Section):
 
     max_tokens_per_forward: PositiveInt = 16384
     """Packed tokens of one scoring forward (one longer sequence still goes alone)."""
+    max_tokens_per_trip: PositiveInt = 262144
+    """Packed tokens that share one trip of an offloaded or delta model's layers through memory."""
+    placement: Placement = "auto"
+    """resident: whole on the device. offload: layers stream from disk (on a GPU from pinned host memory). delta: a
+    difference to a base, rebuilt layer by layer. auto: delta for a delta folder, else resident while it fits."""
+    resident_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """auto: share of the free memory that resident models may take; the rest is for activations."""
     skip_unused_reference: bool = False
     """Do not run the reference when the signed weights make it cancel (Σλ/K = 1); its metrics vanish then."""
     self_check_tolerance: PositiveFloat = 0.05

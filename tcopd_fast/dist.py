@@ -28,6 +28,11 @@ class World:
         """True on the one process that writes files."""
         return self.rank == 0
 
+    @property
+    def ranks_here(self) -> int:
+        """Processes of this run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Sum of every value over the ranks; keys must agree."""
         return self._reduce(values, dist.ReduceOp.SUM)

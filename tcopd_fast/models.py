@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tcopd_kernels import TokenLogprobs, linear_logprob
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class PackedCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
-        self.softcap = getattr(_text_config(model.config), "final_logit_softcapping", None)
+        self.softcap = getattr(text_config(model.config), "final_logit_softcapping", None)
 
     def head(self) -> Head:
         """The output head. Read it inside a forward: under ZeRO-3 the weight is whole only there."""
@@ -97,6 +98,19 @@ def resolve_path(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def local_folder(path: str) -> str:
+    """A folder on this machine with the checkpoint's files; of a hub id its downloaded snapshot."""
+    folder = resolve_path(path)
+    if Path(folder).is_dir():
+        return folder
+    try:
+        return snapshot_download(folder, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {path}: no such folder, and not to be had from the hub ({first_line(error)}); check the path"
+        ) from error
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; UserError naming the path when it has none or cannot be read."""
     try:
@@ -115,7 +129,7 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"model {path}: cannot be loaded ({first_line(error)}); check the path or download it first"
         ) from error
-    text = _text_config(config)
+    text = text_config(config)
     for key in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
         if getattr(text, key, 1.0) not in (1.0, None):
             raise UserError(
@@ -175,11 +189,11 @@ def check_models(config: Config) -> ModelSet:
             f"model.path {config.model.path}: its tokenizer has no eos_token, so a response could never end"
         )
     student = load_model_config(config.model.path, trust)
-    rows = {"model.path": _text_config(student).vocab_size}
+    rows = {"model.path": text_config(student).vocab_size}
     positions = [max_positions(student)]
     for field, path in frozen_paths(config):
         other = load_model_config(path, trust)
-        rows[field] = _text_config(other).vocab_size
+        rows[field] = text_config(other).vocab_size
         positions.append(max_positions(other))
         check_tokenizer(field, path, tokenizer, load_tokenizer(path, trust))
     for field, size in rows.items():
@@ -194,7 +208,7 @@ def check_models(config: Config) -> ModelSet:
 
 def max_positions(config: Any) -> int:
     """Positions a checkpoint's config.json says it holds (no limit when it says nothing)."""
-    return getattr(_text_config(config), "max_position_embeddings", None) or 1 << 30
+    return getattr(text_config(config), "max_position_embeddings", None) or 1 << 30
 
 
 def frozen_paths(config: Config) -> Iterable[tuple[str, str]]:
@@ -226,7 +240,8 @@ def check_tokenizer(field: str, path: str, student: PreTrainedTokenizerBase, oth
         )
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
+    """The part of a config.json that describes the text decoder."""
     return config.get_text_config(decoder=True)
 
 

@@ -102,6 +102,8 @@ def train(config: Config, resume: bool = False) -> None:
     with _assemble(config, inputs, world, start, resume) as run:
         parts = run.parts
         parts.progress.message(describe(config, inputs, parts, start))
+        for line in parts.scorer.placements():
+            parts.progress.message(f"scoring by {line}")
         if start == 0 and config.eval.at_start:
             evaluate_now(config, inputs, parts, step=0)
         for step in range(start, config.steps):
@@ -350,7 +352,7 @@ def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: 
     )
     # An engine may reseed the global generator while it starts.
     torch.manual_seed(config.seed)
-    scorer = Scorer(config, inputs.models, world.device)
+    scorer = Scorer(config, inputs.models, world.device, world.ranks_here)
     if start:
         learner.load(rundir.checkpoint_dir(config.run_dir, start))
         sync_weights(learner, engine, start)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tcopd_fast.config import Config, FrozenModelConfig
-from tcopd_fast.models import ModelSet, PackedCausalLM, load_causal_lm, resolve_path
-from tcopd_fast.packing import pack, split_by_tokens
+from tcopd_fast.models import ModelSet, resolve_path
 from tcopd_fast.reward import reference_cancels, reference_ever_needed
+from tcopd_fast.scoring.placement import FrozenModel, Placer
 from tcopd_fast.types import Rollout, ScoredRollout
 
 REFERENCE = "reference"
@@ -25,32 +25,43 @@ class Scorer:
     roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`: (path, dtype).
     """
 
-    def __init__(self, config: Config, models: ModelSet, device: torch.device) -> None:
+    def __init__(self, config: Config, models: ModelSet, device: torch.device, ranks_here: int = 1) -> None:
+        """ranks_here: processes that share this machine's memory."""
         self.config = config
-        self.device = device
         self.roles: dict[str, ModelKey] = {}
-        self.models: dict[ModelKey, PackedCausalLM] = {}
-        wanted = {name: teacher for name, teacher in config.teachers.items() if self._ever_active(name)}
-        if reference_ever_needed(config):
-            wanted[REFERENCE] = config.reference or FrozenModelConfig(path=config.model.path)
-        for name, teacher in config.teachers.items():
-            if teacher.base is not None and self._ever_active(name):
-                wanted[f"{name}.base"] = FrozenModelConfig(path=teacher.base, dtype=teacher.dtype)
-        for role, spec in wanted.items():
+        self.models: dict[ModelKey, FrozenModel] = {}
+        placer = Placer(config, models, device, ranks_here)
+        for role, spec in self._wanted().items():
             dtype = spec.dtype or config.model.dtype
             key = next(
                 (k for k in self.models if k[1] == dtype and same_checkpoint(k[0], spec.path)), (spec.path, dtype)
             )
             self.roles[role] = key
             if key not in self.models:
-                lm = load_causal_lm(
-                    spec.path,
-                    dtype=dtype,
-                    attention=config.model.attention,
-                    vocab_size=models.vocab_size,
-                    trust_remote_code=config.model.trust_remote_code,
-                )
-                self.models[key] = lm.to(device).eval().requires_grad_(False)
+                self.models[key] = placer.place(spec, dtype)
+
+    def _wanted(self) -> dict[str, FrozenModelConfig]:
+        """The models that some sample needs, by role; the reference first."""
+        config = self.config
+        wanted: dict[str, FrozenModelConfig] = {}
+        if reference_ever_needed(config):
+            wanted[REFERENCE] = config.reference or FrozenModelConfig(path=config.model.path)
+        for name, teacher in config.teachers.items():
+            if self._ever_active(name):
+                wanted[name] = teacher
+                if teacher.base is not None:
+                    wanted[f"{name}.base"] = FrozenModelConfig(
+                        path=teacher.base, dtype=teacher.dtype, placement=teacher.placement
+                    )
+        return wanted
+
+    def placements(self) -> list[str]:
+        """One line per distinct model: who it is, where it lives, and why."""
+        return [
+            f"{', '.join(role for role, k in self.roles.items() if k == key)}: {model.choice.placement} "
+            f"({model.choice.reason})"
+            for key, model in self.models.items()
+        ]
 
     def _ever_active(self, teacher: str) -> bool:
         return any(table.get(teacher, 0.0) for table in self.config.lambda_tables().values())
@@ -94,21 +105,12 @@ class Scorer:
         reference = [] if reference_cancels(self.config, lambdas) else [REFERENCE]
         return reference + active + bases
 
-    @torch.inference_mode()
     def logprobs(
         self, key: ModelKey, rollouts: Sequence[Rollout], indices: Sequence[int], temperature: float | None = None
     ) -> dict[int, Tensor]:
-        """Rollout index -> float32 [L] on the CPU, under one model, packed within the token budget."""
-        temperature = temperature or self.config.rollout.temperature
-        lengths = [len(rollouts[i].prompt.token_ids) + len(rollouts[i].token_ids) - 1 for i in indices]
-        out: dict[int, Tensor] = {}
-        for group in split_by_tokens(lengths, self.config.scoring.max_tokens_per_forward):
-            chosen = [indices[g] for g in group]
-            tokens = pack([rollouts[i].prompt.token_ids for i in chosen], [rollouts[i].token_ids for i in chosen])
-            logprob_N = self.models[key].logprobs(tokens.to(self.device), temperature=temperature).logprob.cpu()
-            parts = logprob_N.split([len(rollouts[i].token_ids) for i in chosen])
-            out.update((i, part.clone()) for i, part in zip(chosen, parts, strict=True))
-        return out
+        """Rollout index -> float32 [L] on the CPU, under one model."""
+        scores = self.models[key].score([rollouts[i] for i in indices], temperature or self.config.rollout.temperature)
+        return dict(zip(indices, scores, strict=True))
 
 
 def weight_files(path: str) -> tuple[Path, ...]:

@@ -1,0 +1,309 @@
+"""A teacher as a lossless difference to a base checkpoint that is there anyway.
+
+Reinforcement learning in bfloat16 changes few weights: an update far below a weight's rounding step leaves it as it
+was. Per tensor the difference is stored in whichever form is smallest:
+
+    same      nothing
+    mask      one bit per weight, and the changed weights' new values
+    index     the changed weights' positions (int32) and new values
+    full      the tensor itself: most of it changed, or the base has no tensor of this name, shape and dtype
+    lora      factors A [r, D_in] and B [D_out, r] with a scale: W + scale·B A, in float32, rounded to W's dtype
+
+A folder holds delta.safetensors, config.json and the tokenizer, so that it stands wherever a model path does. Names,
+forms, and SHA-256 digests of base and result are in the file's metadata; a base with other weights is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tcopd_fast.errors import UserError
+from tcopd_fast.models import resolve_path
+from tcopd_fast.scoring.weights import CheckpointFolder, WeightSource
+
+DELTA_FILE = "delta.safetensors"
+FORMAT = "tcopd-delta-1"
+# Parts of a checkpoint folder that a delta folder carries along.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+# What each form stores.
+PARTS = {
+    "same": (), "mask": ("mask", "values"), "index": ("index", "values"), "full": ("full",), "lora": ("a", "b"),
+}  # fmt: skip
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sizes in bytes, tensors by form, and weights in all and changed (low-rank tensors count as changed)."""
+
+    base_bytes: int
+    delta_bytes: int
+    forms: Mapping[str, int]
+    weights: int
+    changed: int
+
+
+def is_delta(path: str) -> bool:
+    """Whether a model path is a folder made by `make`."""
+    return (Path(resolve_path(path)) / DELTA_FILE).is_file()
+
+
+def digest(tensors: Callable[[str], Tensor], names: Sequence[str]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of the tensors, in order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        tensor = tensors(name).contiguous()
+        total.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        if tensor.numel():
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def make(base: str, teacher: str, out: str | Path) -> Report:
+    """Write the difference of `teacher` (a checkpoint, or a LoRA adapter folder) to `base` into the folder `out`.
+
+    Raises UserError when `out` exists, a path is no checkpoint, or an adapter does not fit the base.
+    """
+    target = Path(out)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target}: exists and is not empty; give a new folder")
+    base_files = CheckpointFolder(resolve_path(base))
+    source = Path(resolve_path(teacher))
+    adapter = source / "adapter_config.json"
+    stored: dict[str, Tensor] = {}
+    forms: dict[str, str] = {}
+    scales: dict[str, float] = {}
+    changed = weights = 0
+    if adapter.is_file():
+        low_rank = _read_adapter(source, base_files)
+        names = base_files.names()
+        forms = dict.fromkeys(sorted(names), "same")
+        for name, (a, b, scale) in low_rank.items():
+            stored |= {f"{name}:a": a.contiguous(), f"{name}:b": b.contiguous()}
+            forms[name], scales[name] = "lora", scale
+            changed += base_files.tensors([name])[name].numel()
+        weights = sum(base_files.tensors([name])[name].numel() for name in names)
+    else:
+        teacher_files = CheckpointFolder(source)
+        names = teacher_files.names()
+        for name in sorted(names):
+            new = teacher_files.tensors([name])[name]
+            old = base_files.tensors([name])[name] if name in base_files.names() else None
+            form, parts, count = _smallest(old, new)
+            forms[name] = form
+            stored |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
+            changed += count
+            weights += new.numel()
+    rebuilt = Rebuilder(stored, forms, scales)
+    metadata = {
+        "format": FORMAT,
+        "base_sha256": digest(lambda name: base_files.tensors([name])[name], sorted(base_files.names())),
+        "result_sha256": digest(lambda name: rebuilt.tensor(name, _stored(base_files, name)), sorted(names)),
+        "forms": json.dumps(forms),
+        "scales": json.dumps(scales),
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    for folder in (Path(resolve_path(base)), source):
+        for file in COMPANIONS:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, target / file)
+    partial = target / f"{DELTA_FILE}.part"
+    save_file(stored, partial, metadata=metadata)
+    partial.rename(target / DELTA_FILE)
+    base_bytes = sum(base_files.tensors([name])[name].nbytes for name in base_files.names())
+    counts = {form: sum(1 for f in forms.values() if f == form) for form in sorted(set(forms.values()))}
+    return Report(base_bytes, (target / DELTA_FILE).stat().st_size, counts, weights, changed)
+
+
+def _stored(files: CheckpointFolder, name: str) -> Tensor | None:
+    return files.tensors([name])[name] if name in files.names() else None
+
+
+def _smallest(old: Tensor | None, new: Tensor) -> tuple[str, dict[str, Tensor], int]:
+    """(form, what it stores, changed weights) of the smallest lossless form. Bits are compared, so −0 and NaN count."""
+    if old is None or old.shape != new.shape or old.dtype != new.dtype:
+        return "full", {"full": new.contiguous()}, new.numel()
+    bits = BITS[new.element_size()]
+    new_bits, old_bits = (t.contiguous().reshape(-1).view(bits) for t in (new, old))
+    where = (new_bits != old_bits).nonzero().squeeze(1)
+    if len(where) == 0:
+        return "same", {}, 0
+    values = new.reshape(-1)[where]
+    sizes = {
+        "mask": -(-new.numel() // 8) + values.nbytes,
+        "index": 4 * len(where) + values.nbytes if new.numel() < 2**31 else new.nbytes + 1,
+        "full": new.nbytes,
+    }
+    form = min(sizes, key=lambda name: sizes[name])
+    if form == "mask":
+        return form, {"mask": _pack(where, new.numel()), "values": values}, len(where)
+    if form == "index":
+        return form, {"index": where.to(torch.int32), "values": values}, len(where)
+    return form, {"full": new.contiguous()}, len(where)
+
+
+def _pack(where: Tensor, count: int) -> Tensor:
+    """Bit i of byte i // 8, counted from the lowest, is set for every i in `where`; uint8 [⌈count / 8⌉]."""
+    bits = torch.zeros(-(-count // 8) * 8, dtype=torch.uint8)
+    bits[where] = 1
+    return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(mask: Tensor, count: int) -> Tensor:
+    """bool [count] of a packed mask."""
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return ((mask.unsqueeze(1) >> places) & 1).view(-1)[:count].bool()
+
+
+class Rebuilder:
+    """Turns a base tensor into the teacher's: bit-exact, except that low-rank sums follow the device's rounding."""
+
+    def __init__(self, stored: Mapping[str, Tensor], forms: Mapping[str, str], scales: Mapping[str, float]) -> None:
+        self.stored, self.forms, self.scales = stored, forms, scales
+
+    def tensor(self, name: str, base: Tensor | None) -> Tensor:
+        """The teacher's tensor; `base` (unchanged) is the base's of the same name in its stored dtype."""
+        form = self.forms[name]
+        if form == "full":
+            return self.stored[f"{name}:full"]
+        assert base is not None  # `make` stores what the base lacks in full
+        if form == "same":
+            return base
+        if form == "lora":
+            a, b = (self.stored[f"{name}:{part}"].to(base.device).float() for part in ("a", "b"))
+            return torch.addmm(base.float(), b, a, alpha=self.scales[name]).to(base.dtype)
+        values = self.stored[f"{name}:values"].to(base.device)
+        out = base.clone(memory_format=torch.contiguous_format)
+        flat = out.view(-1)
+        if form == "index":
+            flat[self.stored[f"{name}:index"].to(base.device).long()] = values
+        else:
+            flat[_unpack(self.stored[f"{name}:mask"].to(base.device), flat.numel())] = values
+        return out
+
+
+class DeltaFolder:
+    """A delta on disk: mapped like a checkpoint, its metadata read and checked once."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        file = Path(resolve_path(path)) / DELTA_FILE
+        if not file.is_file():
+            raise UserError(f"{path}: no {DELTA_FILE} there; make one with `tcopd delta make BASE TEACHER OUT`")
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+        except SafetensorError as error:
+            raise UserError(f"{file}: cannot be read ({error}); make it again") from error
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{file}: format {metadata.get('format')!r}, expected {FORMAT!r}; make it again")
+        self.base_sha256, self.result_sha256 = metadata["base_sha256"], metadata["result_sha256"]
+        self.forms: dict[str, str] = json.loads(metadata["forms"])
+        self.scales: dict[str, float] = json.loads(metadata["scales"])
+        self.parts = CheckpointFolder(file.parent)
+
+    def rebuilder(self, names: Sequence[str]) -> Rebuilder:
+        """A rebuilder holding what the delta stores of these tensors."""
+        wanted = {f"{name}:{part}" for name in names for part in PARTS[self.forms[name]]}
+        return Rebuilder(self.parts.tensors(sorted(wanted)), self.forms, self.scales)
+
+    def require_base(self, base: str) -> None:
+        """Raises UserError unless `base` holds exactly the weights this delta was made from."""
+        files = CheckpointFolder(resolve_path(base))
+        found = digest(lambda name: files.tensors([name])[name], sorted(files.names()))
+        if found != self.base_sha256:
+            raise UserError(
+                f"delta {self.path}: made from a base with SHA-256 {self.base_sha256[:12]}…, but {base} has "
+                f"{found[:12]}…; give the checkpoint it was made from"
+            )
+
+
+def check(path: str, base: str) -> None:
+    """Rebuild every tensor from `base` and compare digests. Raises UserError when base or result differ."""
+    delta = DeltaFolder(path)
+    delta.require_base(base)
+    files = CheckpointFolder(resolve_path(base))
+    found = digest(lambda name: delta.rebuilder([name]).tensor(name, _stored(files, name)), sorted(delta.forms))
+    if found != delta.result_sha256:
+        raise UserError(
+            f"delta {path}: rebuilds to SHA-256 {found[:12]}…, expected {delta.result_sha256[:12]}…; "
+            "the file is damaged, make it again"
+        )
+
+
+class DeltaWeights:
+    """Weights of a delta teacher: each group is rebuilt from the base's tensors when it is asked for.
+
+    base: a source of the base's tensors in their stored dtype on the scoring device. One group of rebuilt tensors
+    exists at a time; what the delta stores of it is copied from the mapped file.
+    """
+
+    def __init__(self, delta: DeltaFolder, base: WeightSource, dtype: torch.dtype) -> None:
+        self.delta, self.base, self.dtype = delta, base, dtype
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.delta.forms)
+
+    def load(self, names: Sequence[str]) -> dict[str, Tensor]:
+        known = self.base.names()
+        old = self.base.load([name for name in names if name in known])
+        rebuilder = self.delta.rebuilder(names)
+        return {name: rebuilder.tensor(name, old.get(name)).to(self.dtype) for name in names}
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        known = self.base.names()
+        self.base.prefetch([name for name in names if name in known])
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        if self.delta.forms.get(name, "same") == "same":
+            return self.base.rows(name, index).to(self.dtype)
+        table = self.load([name])[name]
+        return table.index_select(0, index.to(table.device))
+
+
+def _read_adapter(folder: Path, base: CheckpointFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Checkpoint name -> (A [r, D_in], B [D_out, r], scale) of a peft LoRA folder."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("fan_in_fan_out", False)):
+        if settings.get(key, plain) != plain:
+            raise UserError(f"adapter {folder}: {key}={settings[key]!r} is not supported; merge it into a checkpoint")
+    for key in ("modules_to_save", "alpha_pattern", "trainable_token_indices"):
+        if settings.get(key):
+            raise UserError(f"adapter {folder}: {key} is set, which is not supported; merge it into a checkpoint")
+    factors = CheckpointFolder(folder)
+    out = {}
+    for key in sorted(factors.names()):
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        if name not in base.names():
+            raise UserError(
+                f"adapter {folder}: {key} belongs to {name}, which the base does not have; give its own base"
+            )
+        other = key.replace(".lora_A.", ".lora_B.")
+        pair = factors.tensors([key, other])
+        a, b = pair[key], pair[other]
+        expected = tuple(base.tensors([name])[name].shape)
+        if (b.shape[0], a.shape[1]) != expected:
+            raise UserError(
+                f"adapter {folder}: {name} is {list(expected)} in the base but {b.shape[0]}×{a.shape[1]} there"
+            )
+        rank = a.shape[0]
+        scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        out[name] = (a, b, scale)
+    if leftover := [k for k in factors.names() if ".lora_A." not in k and ".lora_B." not in k]:
+        raise UserError(f"adapter {folder}: {sorted(leftover)[0]} is no LoRA factor; merge it into a checkpoint")
+    return out

@@ -1,0 +1,175 @@
+"""Where a frozen model's weights live, and the models that score from there.
+
+resident   on the scoring device, whole
+offload    on disk or in pinned host memory; one layer at a time passes through the device
+delta      as a lossless difference to a base; one layer at a time is rebuilt
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tcopd_fast.config import Config, FrozenModelConfig
+from tcopd_fast.errors import UserError
+from tcopd_fast.models import DTYPES, ModelSet, load_causal_lm, local_folder
+from tcopd_fast.packing import pack, split_by_tokens
+from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, is_delta
+from tcopd_fast.scoring.streamed import StreamedCausalLM
+from tcopd_fast.scoring.weights import MappedWeights, PinnedWeights, RingSlots, WeightSource
+from tcopd_fast.types import PackedTokens, Rollout
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Placement of one model and why, in words for the run's output."""
+
+    placement: str
+    reason: str
+
+
+class FrozenModel:
+    """Scores rollouts: packs them, and runs groups of packed tokens through `forward`.
+
+    forward: groups -> float32 logprobs [N] of each. It is given as many groups at once as `tokens_per_trip` allows.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        forward: Callable[[Sequence[PackedTokens], float], list[Tensor]],
+        *,
+        tokens_per_forward: int,
+        tokens_per_trip: int,
+        device: torch.device,
+    ) -> None:
+        self.choice, self._forward, self._device = choice, forward, device
+        self._tokens_per_forward, self._tokens_per_trip = tokens_per_forward, tokens_per_trip
+
+    @torch.inference_mode()
+    def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[Tensor]:
+        """Logprob of every sampled token, float32 [L] on the CPU, one per rollout."""
+        lengths = [len(r.prompt.token_ids) + len(r.token_ids) - 1 for r in rollouts]
+        groups = split_by_tokens(lengths, self._tokens_per_forward)
+        out: dict[int, Tensor] = {}
+        for trip in split_by_tokens([sum(lengths[i] for i in group) for group in groups], self._tokens_per_trip):
+            chosen = [groups[g] for g in trip]
+            packed = [
+                pack([rollouts[i].prompt.token_ids for i in group], [rollouts[i].token_ids for i in group]).to(
+                    self._device
+                )
+                for group in chosen
+            ]
+            for group, logprob_N in zip(chosen, self._forward(packed, temperature), strict=True):
+                parts = logprob_N.cpu().split([len(rollouts[i].token_ids) for i in group])
+                out.update((i, part.clone()) for i, part in zip(group, parts, strict=True))
+        return [out[i] for i in range(len(rollouts))]
+
+
+class Placer:
+    """Puts models where the configuration says, or where they fit."""
+
+    def __init__(self, config: Config, models: ModelSet, device: torch.device, ranks_here: int = 1) -> None:
+        self.config, self.models, self.device = config, models, device
+        self.budget = int(free_memory(device, ranks_here) * config.scoring.resident_share)
+        self.slots: RingSlots | None = None
+
+    def place(self, spec: FrozenModelConfig, dtype: str) -> FrozenModel:
+        """Load one model. Raises UserError when its placement is impossible."""
+        choice = self.choose(spec, dtype)
+        forward = self._resident(spec, dtype) if choice.placement == "resident" else self._streamed(spec, dtype)
+        tokens = self.config.scoring.max_tokens_per_forward
+        return FrozenModel(
+            choice,
+            forward,
+            tokens_per_forward=tokens,
+            tokens_per_trip=tokens if choice.placement == "resident" else self.config.scoring.max_tokens_per_trip,
+            device=self.device,
+        )
+
+    def choose(self, spec: FrozenModelConfig, dtype: str) -> Choice:
+        """The configured placement, or for `auto` resident as long as the share of free memory lasts, then offload."""
+        placement = spec.placement or self.config.scoring.placement
+        if is_delta(spec.path):
+            if placement not in ("auto", "delta"):
+                raise UserError(f"{spec.path}: a delta folder needs placement delta or auto, not {placement}")
+            return Choice("delta", "it is a difference to a base")
+        if placement == "delta":
+            raise UserError(
+                f"{spec.path}: placement delta needs a folder made by `tcopd delta make BASE {spec.path} OUT`; "
+                "give OUT as its path"
+            )
+        size = checkpoint_bytes(spec.path, DTYPES[dtype])
+        if placement == "auto" and size > self.budget:
+            return Choice("offload", f"{gib(size)} do not fit the {gib(self.budget)} left for resident models")
+        if placement == "offload":
+            return Choice("offload", "configured")
+        reason = (
+            "configured"
+            if placement == "resident"
+            else f"{gib(size)} fit the {gib(self.budget)} left for resident models"
+        )
+        self.budget -= size
+        return Choice("resident", reason)
+
+    def _resident(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
+        model = self.config.model
+        lm = load_causal_lm(
+            spec.path,
+            dtype=dtype,
+            attention=model.attention,
+            vocab_size=self.models.vocab_size,
+            trust_remote_code=model.trust_remote_code,
+        )
+        lm.to(self.device).eval().requires_grad_(False)
+        return lambda groups, temperature: [lm.logprobs(tokens, temperature=temperature).logprob for tokens in groups]
+
+    def _streamed(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
+        lm = StreamedCausalLM(
+            spec.path,
+            self._source(spec, DTYPES[dtype]),
+            dtype=dtype,
+            attention=self.config.model.attention,
+            vocab_size=self.models.vocab_size,
+            device=self.device,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
+        return lambda groups, temperature: [out.logprob for out in lm.logprobs(groups, temperature=temperature)]
+
+    def _source(self, spec: FrozenModelConfig, dtype: torch.dtype) -> WeightSource:
+        if is_delta(spec.path):
+            base = spec.delta_base or (self.config.reference or self.config.model).path
+            delta = DeltaFolder(spec.path)
+            delta.require_base(base)
+            return DeltaWeights(delta, MappedWeights(local_folder(base), None, self.device), dtype)
+        if self.device.type == "cuda":
+            self.slots = self.slots or RingSlots(self.device)
+            return PinnedWeights(local_folder(spec.path), dtype, self.slots)
+        return MappedWeights(local_folder(spec.path), dtype, self.device)
+
+
+def free_memory(device: torch.device, ranks_here: int = 1) -> int:
+    """Bytes that a new model may take on the scoring device: of a GPU, or this rank's part of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // ranks_here
+
+
+def checkpoint_bytes(path: str, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights in `dtype`, from the headers of its files."""
+    total = 0
+    for file in sorted(Path(local_folder(path)).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return total * dtype.itemsize
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
