@@ -125,7 +125,7 @@ def test_a_placement_per_teacher_overrides_that_of_all(tiny, tmp_path):
     assert found == {"reference": "offload", "expert": "offload", "anti": "resident"}
 
 
-def test_a_delta_teacher_scores_like_its_checkpoint_bit_for_bit(tiny, tmp_path, rl_delta):
+def test_a_delta_teacher_scores_like_its_checkpoint_bit_for_bit(tiny, tmp_path, rl_delta, monkeypatch):
     def config(teacher, **options):
         return config_for(
             tiny,
@@ -134,10 +134,18 @@ def test_a_delta_teacher_scores_like_its_checkpoint_bit_for_bit(tiny, tmp_path, 
             teachers={"expert": {"path": str(rl_delta / teacher), **options}, "anti": {"path": str(tiny.anti)}},
         )
 
+    opened = []
+    monkeypatch.setattr(MappedWeights, "load", lambda self, names: opened.append(names))
+    # With the reference resident and stored in the compute dtype, the base is not read a second time.
     (_, expected), (scorer, got) = scores(config("teacher")), scores(config("delta"))
+    assert not opened
     assert scorer.models[scorer.roles["expert"]].choice.placement == "delta"
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert not torch.equal(expected[0], expected[1]), "base and teacher must differ"
+    monkeypatch.undo()
+    _, from_files = scores(config("delta", delta_base=str(rl_delta / "base"), dtype="float32"))
+    _, converted = scores(config("teacher", dtype="float32"))
+    assert all(torch.equal(a, b) for a, b in zip(from_files, converted, strict=True))
     with pytest.raises(UserError, match=r"delta folder needs placement delta"):
         scores(config("delta", placement="resident"))
     with pytest.raises(UserError, match=r"tcopd delta make"):

@@ -23,7 +23,14 @@ from tcopd_fast.models import DTYPES, ModelSet, load_causal_lm, local_folder
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, is_delta
 from tcopd_fast.scoring.streamed import StreamedCausalLM
-from tcopd_fast.scoring.weights import MappedWeights, PinnedWeights, RingSlots, WeightSource
+from tcopd_fast.scoring.weights import (
+    CheckpointFolder,
+    MappedWeights,
+    PinnedWeights,
+    ResidentWeights,
+    RingSlots,
+    WeightSource,
+)
 from tcopd_fast.types import PackedTokens, Rollout
 
 
@@ -80,6 +87,7 @@ class Placer:
         self.config, self.models, self.device = config, models, device
         self.budget = int(free_memory(device, ranks_here) * config.scoring.resident_share)
         self.slots: RingSlots | None = None
+        self.resident: dict[tuple[str, torch.dtype], ResidentWeights] = {}
 
     def place(self, spec: FrozenModelConfig, dtype: str) -> FrozenModel:
         """Load one model. Raises UserError when its placement is impossible."""
@@ -129,6 +137,7 @@ class Placer:
             trust_remote_code=model.trust_remote_code,
         )
         lm.to(self.device).eval().requires_grad_(False)
+        self.resident[local_folder(spec.path), DTYPES[dtype]] = ResidentWeights(lm.model)
         return lambda groups, temperature: [lm.logprobs(tokens, temperature=temperature).logprob for tokens in groups]
 
     def _streamed(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
@@ -148,11 +157,18 @@ class Placer:
             base = spec.delta_base or (self.config.reference or self.config.model).path
             delta = DeltaFolder(spec.path)
             delta.require_base(base)
-            return DeltaWeights(delta, MappedWeights(local_folder(base), None, self.device), dtype)
+            return DeltaWeights(delta, self._base(local_folder(base), dtype), dtype)
         if self.device.type == "cuda":
             self.slots = self.slots or RingSlots(self.device)
             return PinnedWeights(local_folder(spec.path), dtype, self.slots)
         return MappedWeights(local_folder(spec.path), dtype, self.device)
+
+    def _base(self, folder: str, dtype: torch.dtype) -> WeightSource:
+        """The base's tensors bit for bit: those of a resident copy, if it was not converted, else the files."""
+        resident = self.resident.get((folder, dtype))
+        if resident is not None and CheckpointFolder(folder).dtypes() == {dtype}:
+            return resident
+        return MappedWeights(folder, None, self.device)
 
 
 def free_memory(device: torch.device, ranks_here: int = 1) -> int:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tcopd_fast.errors import UserError
 
@@ -66,6 +66,10 @@ class CheckpointFolder:
     def names(self) -> frozenset[str]:
         return frozenset(self._file_of)
 
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Every dtype that some tensor is stored in."""
+        return frozenset(self.tensors([name])[name].dtype for name in self.names())
+
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """CPU tensors in their stored dtype; each file is opened once."""
         out: dict[str, Tensor] = {}
@@ -95,6 +99,25 @@ class MappedWeights:
     def rows(self, name: str, index: Tensor) -> Tensor:
         table = self.files.tensors([name])[name]
         return table.index_select(0, index.cpu()).to(self.device, self.dtype or table.dtype)
+
+
+class ResidentWeights:
+    """The tensors of a model that is on the device anyway."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = model.state_dict()
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
+
+    def load(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.tensors[name] for name in names}
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Nothing to fetch."""
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        return self.tensors[name].index_select(0, index)
 
 
 class PinnedWeights:
