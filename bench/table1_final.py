@@ -20,12 +20,12 @@ from tcopd_fast.commands import run_export
 from tcopd_fast.config import Config
 from tcopd_fast.data import load_prompts
 from tcopd_fast.evaluate import evaluate
+from tcopd_fast.judges import Judges
 from tcopd_fast.models import check_models
 from tcopd_fast.rollout.hf import HfEngine
 from tcopd_fast.scoring import Scorer
 from tcopd_fast.trainer import sampling_seed
 from tcopd_fast.types import Rollout
-from tcopd_fast.verify import Judge
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def evaluate_checkpoint(config: Config, model: str, seed: int) -> dict[str, dict
         device=device,
     )
     results = {}
-    with Judge(workers=config.judge.workers, timeout_s=config.judge.timeout_s) as judge:
+    with Judges(config.judge) as judges:
         for name, sampling in FINAL.items():
             evaluation = evaluate(
                 engine,
                 prompts,
-                judge,
+                judges,
                 samples=sampling.samples,
                 temperature=sampling.temperature,
                 max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,

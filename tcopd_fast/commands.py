@@ -20,6 +20,7 @@ from tcopd_fast.data import load_eval_sets
 from tcopd_fast.dist import init_world
 from tcopd_fast.errors import UserError
 from tcopd_fast.evaluate import evaluate, write_samples
+from tcopd_fast.judges import Judges
 from tcopd_fast.learner import TAG
 from tcopd_fast.models import (
     DTYPES,
@@ -35,7 +36,6 @@ from tcopd_fast.monitor import MetricsLog, Progress
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.rollout.build import build_engine
 from tcopd_fast.trainer import counter
-from tcopd_fast.verify import Judge
 
 
 def run_eval(
@@ -75,12 +75,12 @@ def run_eval(
         device=world.device,
     )
     log = MetricsLog(out, LoggingConfig(tensorboard=False), resume_step=-1)
-    with Judge(workers=config.judge.workers, timeout_s=config.judge.timeout_s) as judge, Progress(1) as progress:
+    with Judges(config.judge) as judges, Progress(1) as progress:
         for set_name, prompts in sets.items():
             result = evaluate(
                 engine,
                 prompts,
-                judge,
+                judges,
                 samples=config.eval.samples,
                 temperature=config.eval.temperature,
                 max_new_tokens=new_tokens,

@@ -10,6 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
+JUDGES = ("math", "exact", "code")
 Placement = Literal["auto", "resident", "offload", "delta"]
 
 
@@ -45,17 +47,41 @@ class ModelConfig(Section):
     """Run Python code shipped with a checkpoint. Off unless you set it."""
 
 
+class ServerConfig(Section):
+    """OpenAI-compatible endpoints that score for one frozen model (`tcopd serve-teacher` starts one)."""
+
+    urls: list[str] = Field(min_length=1)
+    """Base URLs, for example http://127.0.0.1:8000/v1; requests go to them in turn, and nowhere else."""
+    model: str | None = None
+    """Name of the model there; needed when an endpoint serves several."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key."""
+    max_concurrent_requests: PositiveInt = 8
+    """Requests of one rank under way at once, over all URLs."""
+    max_tokens_per_request: PositiveInt = 16384
+    """Tokens of the sequences that share a request (one longer sequence still goes alone)."""
+    request_timeout_s: PositiveFloat = 300.0
+    """A request without an answer for this long is sent again, elsewhere if there is elsewhere."""
+    deadline_s: Annotated[float, Field(gt=0, le=1500)] = 1200.0
+    """Longest time one step's scoring may take, failures and retries included; the run stops then. Other ranks wait
+    at most 1800 s for one that scores."""
+
+
 class FrozenModelConfig(Section):
     """A frozen model that scores sampled tokens: a teacher, or the reference."""
 
     path: str
-    """Hugging Face id, local folder, or miniature:NAME."""
+    """Hugging Face id, local folder, or miniature:NAME. With placement server only its config.json and tokenizer are
+    read, to compare them with the student's."""
     dtype: Dtype | None = None
     """Compute dtype; the student's when unset."""
     base: str | None = None
     """The teacher's own pre-RL base, used in place of the reference in its log-ratio (reward correction)."""
-    placement: Placement | None = None
-    """Where its weights live; scoring.placement when unset."""
+    placement: Placement | Literal["server"] | None = None
+    """Where its weights live; scoring.placement when unset. server: in other processes, listed under `server`. The
+    base of a server teacher is placed by scoring.placement."""
+    server: ServerConfig | None = None
+    """For placement server."""
     delta_base: str | None = None
     """For a folder made by `tcopd delta make`: the checkpoint it was made from; the reference when unset."""
 
@@ -225,8 +251,17 @@ class EvalConfig(Section):
 
 
 class JudgeConfig(Section):
-    """The judge of final answers (math-verify in worker processes)."""
+    """The judge of final answers, per domain: math (math-verify in worker processes), exact (equal text), code (tests
+    in a sandbox), or module:function of your own, (response, answer) -> bool."""
 
+    default: str = "math"
+    """Judge of every domain that `domains` does not name."""
+    domains: dict[str, str] = Field(default_factory=dict)
+    """Judge per domain, for example {math: math, code: code, facts: exact, mine: mypackage.judges:grade}."""
+    code_timeout_s: PositiveFloat = 10.0
+    """code: seconds one test may take, of the clock and of the processor."""
+    code_memory_bytes: PositiveInt = 1 << 30
+    """code: address space of one test's process."""
     timeout_s: PositiveFloat = 5.0
     """Seconds one verdict may take before it counts as wrong."""
     workers: PositiveInt = 1
@@ -308,6 +343,7 @@ class Config(Section):
                 f"{self.rollout.prompts_per_step}; every optimizer step needs a prompt"
             )
         _check_sampling(self.rollout, self.eval)
+        _check_servers(self)
         _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
         _need("flash_attn", self.model.attention == "flash_attention_2", "model.attention=flash_attention_2")
         _need("wandb", self.logging.wandb_project is not None, "logging.wandb_project")
@@ -350,8 +386,23 @@ class EvalRunConfig(Section):
     @model_validator(mode="after")
     def _combinations(self) -> EvalRunConfig:
         _check_sampling(self.rollout, self.eval)
+        _check_judges(self.judge)
         _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
         return self
+
+
+def longest_sequence(config: Config) -> int:
+    """Most tokens that prompt and response can have together."""
+    return config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+
+
+def _check_judges(judge: JudgeConfig) -> None:
+    for where, kind in (
+        ("judge.default", judge.default),
+        *((f"judge.domains.{d}", k) for d, k in judge.domains.items()),
+    ):
+        if kind not in JUDGES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", kind):
+            raise ValueError(f"{where}: {kind!r} is no judge; give {', '.join(JUDGES)} or module:function")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -368,6 +419,35 @@ def _check_sampling(rollout: RolloutConfig, evaluation: EvalConfig) -> None:
     for key, value in (("rollout.temperature", rollout.temperature), ("eval.temperature", evaluation.temperature)):
         if value and not 0.01 <= value <= 2.0:
             raise ValueError(f"{key}={value}: the vllm engine samples between 0.01 and 2; use rollout.engine=hf")
+
+
+def _check_servers(config: Config) -> None:
+    """Everything about server placements that needs no server to be seen."""
+    frozen = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    if config.reference is not None:
+        frozen["reference"] = config.reference
+    for key, model in frozen.items():
+        if (model.placement == "server") != (model.server is not None):
+            raise ValueError(f"{key}: placement: server and a section `server` with its urls go together; give both")
+        if model.server is None:
+            continue
+        if model.dtype is not None:
+            raise ValueError(f"{key}.dtype={model.dtype}: the server decides its dtype; leave this out")
+        for url in model.server.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ValueError(f"{key}.server.urls: {url!r}; give base URLs like http://127.0.0.1:8000/v1")
+            if parts.username or parts.password:
+                raise ValueError(f"{key}.server.urls: a URL holds a password; use {key}.server.api_key_env")
+        temperatures = {"rollout.temperature": config.rollout.temperature}
+        if config.eval.data and config.eval.temperature:
+            temperatures["eval.temperature"] = config.eval.temperature
+        for setting, value in temperatures.items():
+            if value != 1:
+                raise ValueError(
+                    f"{setting}={value}: a server's prompt logprobs are at temperature 1 only; set it to 1, or give "
+                    f"{key} another placement"
+                )
 
 
 def _need(module: str, wanted: bool, key: str) -> None:

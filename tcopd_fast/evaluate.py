@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from tcopd_fast.judges import Judges
 from tcopd_fast.rollout import RolloutEngine
 from tcopd_fast.types import Prompt, Rollout
-from tcopd_fast.verify import Judge
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -56,7 +56,7 @@ class Evaluation:
 def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
-    judge: Judge,
+    judges: Judges,
     *,
     samples: int,
     temperature: float,
@@ -79,7 +79,7 @@ def evaluate(
             seed=seed,
             on_finished=on_finished,
         )
-    verdicts = judge.many([(rollout.text, rollout.prompt.answer or "") for rollout in rollouts])
+    verdicts = [bool(verdict) for verdict in judges.rollouts(rollouts)]
     return Evaluation(tuple(rollouts), np.array(verdicts, dtype=bool).reshape(len(prompts), samples), seed)
 
 

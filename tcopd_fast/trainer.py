@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tcopd_fast import evaluate, rundir
 from tcopd_fast.batch import build_minibatches, shard
-from tcopd_fast.config import Config
+from tcopd_fast.config import Config, longest_sequence
 from tcopd_fast.data import batch_for_step, load_eval_sets, load_prompts
 from tcopd_fast.dist import World, init_world
 from tcopd_fast.errors import UserError
+from tcopd_fast.judges import Judges
 from tcopd_fast.learner import Learner
 from tcopd_fast.metrics import step_metrics, token_samples
 from tcopd_fast.models import ModelSet, check_models
@@ -28,7 +29,6 @@ from tcopd_fast.rollout import RolloutEngine
 from tcopd_fast.rollout.build import build_engine
 from tcopd_fast.scoring import Scorer
 from tcopd_fast.types import Prompt, Rollout, ScoredRollout
-from tcopd_fast.verify import Judge
 from tcopd_fast.weight_sync import sync_weights
 
 
@@ -54,7 +54,7 @@ class Parts:
     learner: Learner
     engine: RolloutEngine
     scorer: Scorer
-    judge: Judge
+    judges: Judges
     clock: StageClock
     log: MetricsLog
     progress: Progress
@@ -76,6 +76,8 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
             f"objective.lambdas: training prompts have the domain {unknown!r} but the table only has "
             f"{', '.join(map(str, tables))}; add it or set data.train[].domain"
         )
+    with Judges(config.judge, domains):
+        pass  # a judge that cannot work here is refused before any weight is loaded
     sets = load_eval_sets(config.eval.data, models.tokenizer, config.data)
     longest = longest_sequence(config)
     if longest > models.max_position_embeddings:
@@ -84,11 +86,6 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
             f"{models.max_position_embeddings} positions; lower one of them"
         )
     return Inputs(models, prompts.prompts, prompts.dropped_overlong, domains, sets)
-
-
-def longest_sequence(config: Config) -> int:
-    """Most tokens that prompt and response can have together."""
-    return config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -121,7 +118,7 @@ def train(config: Config, resume: bool = False) -> None:
                 old = parts.learner.logprobs(rollouts) if needs_old_logprobs(config) else None
                 scored = parts.scorer.score(rollouts, lambdas, old)
             with clock.stage("reward"):
-                correct = judge_all(parts.judge, rollouts)
+                correct = parts.judges.rollouts(rollouts)
                 rewarded = compute_reward(config, scored, lambdas, correct, mean_verdict(world, correct))
             with clock.stage("batch"):
                 minibatches = build_minibatches(rewarded, config, world)
@@ -185,15 +182,6 @@ def generate(config: Config, parts: Parts, prompts: Sequence[Prompt], seed: int)
     )
 
 
-def judge_all(judge: Judge, rollouts: Sequence[Rollout]) -> list[bool | None]:
-    """The judge's verdict per rollout; None where the prompt has no reference answer."""
-    judged = [(i, r.text, r.prompt.answer) for i, r in enumerate(rollouts) if r.prompt.answer is not None]
-    verdicts: list[bool | None] = [None] * len(rollouts)
-    for (i, _, _), verdict in zip(judged, judge.many([(text, answer) for _, text, answer in judged]), strict=True):
-        verdicts[i] = verdict
-    return verdicts
-
-
 def mean_verdict(world: World, correct: Sequence[bool | None]) -> float:
     """Share of correct answers among the judged ones of all ranks (0 when none is judged)."""
     judged = [c for c in correct if c is not None]
@@ -209,7 +197,7 @@ def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> Non
         local = evaluate.evaluate(
             parts.engine,
             mine,
-            parts.judge,
+            parts.judges,
             samples=config.eval.samples,
             temperature=config.eval.temperature,
             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
@@ -283,7 +271,7 @@ class _Run:
     def __exit__(self, *_: object) -> None:
         self.parts.progress.close()
         self.parts.log.close()
-        self.parts.judge.close()
+        self.parts.judges.close()
         self.parts.engine.close()
 
     def report_step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
@@ -361,7 +349,7 @@ def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: 
         learner=learner,
         engine=engine,
         scorer=scorer,
-        judge=Judge(workers=config.judge.workers, timeout_s=config.judge.timeout_s),
+        judges=Judges(config.judge),
         clock=StageClock(world.device),
         log=MetricsLog(
             Path(config.run_dir),

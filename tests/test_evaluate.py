@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcopd_fast.config import JudgeConfig
 from tcopd_fast.evaluate import bootstrap_intervals, evaluate, merge, pass_at, summarize, write_samples
+from tcopd_fast.judges import Judges
 from tcopd_fast.types import Prompt, Rollout
-from tcopd_fast.verify import Judge
 
 
 class ScriptedEngine:
@@ -48,11 +49,11 @@ def make_prompts(n: int, answered: bool = True) -> list[Prompt]:
 
 
 def run(prompts, samples=4, max_new_tokens=9):
-    with Judge() as judge:
+    with Judges(JudgeConfig()) as judges:
         return evaluate(
             ScriptedEngine(),
             prompts,
-            judge,
+            judges,
             samples=samples,
             temperature=1.0,
             max_new_tokens=max_new_tokens,
