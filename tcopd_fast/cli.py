@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -97,6 +98,24 @@ def _parser() -> argparse.ArgumentParser:
     verify = actions.add_parser("check", help="rebuild every tensor and compare it with what was recorded")
     verify.add_argument("path", metavar="DELTA")
     verify.add_argument("base", metavar="BASE")
+
+    serve = command(
+        "serve-teacher", _serve_teacher, "Serve a frozen model with vLLM, for teachers of placement server."
+    )
+    serve.add_argument("model", metavar="MODEL", help="checkpoint: hub id, folder, miniature:NAME")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine)")
+    serve.add_argument("--port", type=positive_int, default=8000, help="default %(default)s")
+    serve.add_argument("--name", default="teacher", help="the model's name in requests (default %(default)s)")
+    serve.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    serve.add_argument("--max-model-len", type=positive_int, metavar="N", help="longest sequence, plus one token")
+    serve.add_argument(
+        "--max-batched-tokens", type=positive_int, default=2048, metavar="N", help="tokens of one forward (default "
+        "%(default)s); vLLM takes 8 bytes for each of them and each id of the vocabulary"
+    )  # fmt: skip
+    serve.add_argument("--trust-remote-code", action="store_true", help="run Python code shipped with the checkpoint")
+    serve.add_argument(
+        "--vllm", default="", metavar="OPTIONS", help='as they are to vLLM: --vllm="--tensor-parallel-size 2"'
+    )
 
     miniature = command("miniature", _miniature, "Re-create the miniature's checkpoints from nothing.")
     miniature.add_argument("action", choices=["build"])
@@ -237,6 +256,13 @@ def _delta(arguments: argparse.Namespace) -> int:
         f"tensors: {forms}"
     )
     return 0
+
+
+def _serve_teacher(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.serve_teacher import Service, serve
+
+    names = [field.name for field in dataclasses.fields(Service)]
+    serve(Service(**{name: getattr(arguments, name) for name in names}))
 
 
 def _miniature(arguments: argparse.Namespace) -> int:

@@ -63,8 +63,8 @@ class ServerConfig(Section):
     request_timeout_s: PositiveFloat = 300.0
     """A request without an answer for this long is sent again, elsewhere if there is elsewhere."""
     deadline_s: Annotated[float, Field(gt=0, le=1500)] = 1200.0
-    """Longest time one step's scoring may take, failures and retries included; the run stops then. Other ranks wait
-    at most 1800 s for one that scores."""
+    """Longest time this model may take to score one step, failures and retries included; the run stops then. Other
+    ranks wait at most 1800 s for one that scores."""
 
 
 class FrozenModelConfig(Section):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tcopd_fast.config import Config, FrozenModelConfig
 from tcopd_fast.models import ModelSet, resolve_path
 from tcopd_fast.reward import reference_cancels, reference_ever_needed
-from tcopd_fast.scoring.placement import FrozenModel, Placer
+from tcopd_fast.scoring.placement import FrozenModel, Placer, ServedModel
 from tcopd_fast.types import Rollout, ScoredRollout
 
 REFERENCE = "reference"
@@ -22,23 +22,28 @@ ModelKey = tuple[str, str]
 class Scorer:
     """Frozen models, each distinct checkpoint loaded once, run only on the samples that need them.
 
-    roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`: (path, dtype).
+    roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`: (path, dtype), or the URLs and
+    the model's name there.
     """
 
     def __init__(self, config: Config, models: ModelSet, device: torch.device, ranks_here: int = 1) -> None:
         """ranks_here: processes that share this machine's memory."""
         self.config = config
         self.roles: dict[str, ModelKey] = {}
-        self.models: dict[ModelKey, FrozenModel] = {}
+        self.models: dict[ModelKey, FrozenModel | ServedModel] = {}
         placer = Placer(config, models, device, ranks_here)
         for role, spec in self._wanted().items():
             dtype = spec.dtype or config.model.dtype
-            key = next(
-                (k for k in self.models if k[1] == dtype and same_checkpoint(k[0], spec.path)), (spec.path, dtype)
-            )
+            key = self._key(spec, dtype)
             self.roles[role] = key
             if key not in self.models:
                 self.models[key] = placer.place(spec, dtype)
+
+    def _key(self, spec: FrozenModelConfig, dtype: str) -> ModelKey:
+        if spec.server is not None:
+            # Its path may be no more than a source of the tokenizer; the weights are whatever is served there.
+            return " ".join(spec.server.urls), f"server of {spec.server.model or 'its model'}"
+        return next((k for k in self.models if k[1] == dtype and same_checkpoint(k[0], spec.path)), (spec.path, dtype))
 
     def _wanted(self) -> dict[str, FrozenModelConfig]:
         """The models that some sample needs, by role; the reference first."""
@@ -50,9 +55,8 @@ class Scorer:
             if self._ever_active(name):
                 wanted[name] = teacher
                 if teacher.base is not None:
-                    wanted[f"{name}.base"] = FrozenModelConfig(
-                        path=teacher.base, dtype=teacher.dtype, placement=teacher.placement
-                    )
+                    here = None if teacher.placement == "server" else teacher.placement
+                    wanted[f"{name}.base"] = FrozenModelConfig(path=teacher.base, dtype=teacher.dtype, placement=here)
         return wanted
 
     def placements(self) -> list[str]:

@@ -3,6 +3,7 @@
 resident   on the scoring device, whole
 offload    on disk or in pinned host memory; one layer at a time passes through the device
 delta      as a lossless difference to a base; one layer at a time is rebuilt
+server     in other processes that answer over HTTP
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tcopd_fast.config import Config, FrozenModelConfig
+from tcopd_fast.config import Config, FrozenModelConfig, longest_sequence
 from tcopd_fast.errors import UserError
-from tcopd_fast.models import DTYPES, ModelSet, load_causal_lm, local_folder
+from tcopd_fast.models import DTYPES, ModelSet, load_causal_lm, load_model_config, local_folder, text_config
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, is_delta
+from tcopd_fast.scoring.server import TeacherClient
 from tcopd_fast.scoring.streamed import StreamedCausalLM
 from tcopd_fast.scoring.weights import (
     CheckpointFolder,
@@ -80,6 +82,18 @@ class FrozenModel:
         return [out[i] for i in range(len(rollouts))]
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """Scores rollouts by asking the servers that hold the weights."""
+
+    choice: Choice
+    client: TeacherClient
+
+    def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[Tensor]:
+        """As `FrozenModel.score`, at temperature 1."""
+        return self.client.score(rollouts, temperature)
+
+
 class Placer:
     """Puts models where the configuration says, or where they fit."""
 
@@ -89,8 +103,10 @@ class Placer:
         self.slots: RingSlots | None = None
         self.resident: dict[tuple[str, torch.dtype], ResidentWeights] = {}
 
-    def place(self, spec: FrozenModelConfig, dtype: str) -> FrozenModel:
+    def place(self, spec: FrozenModelConfig, dtype: str) -> FrozenModel | ServedModel:
         """Load one model. Raises UserError when its placement is impossible."""
+        if spec.placement == "server":
+            return self._served(spec)
         choice = self.choose(spec, dtype)
         forward = self._resident(spec, dtype) if choice.placement == "resident" else self._streamed(spec, dtype)
         tokens = self.config.scoring.max_tokens_per_forward
@@ -126,6 +142,18 @@ class Placer:
         )
         self.budget -= size
         return Choice("resident", reason)
+
+    def _served(self, spec: FrozenModelConfig) -> ServedModel:
+        assert spec.server is not None, "checked by Config"
+        client = TeacherClient(
+            spec.path,
+            spec.server,
+            self.models,
+            head_rows=text_config(load_model_config(spec.path, self.config.model.trust_remote_code)).vocab_size,
+            longest=longest_sequence(self.config),
+            tolerance=self.config.scoring.self_check_tolerance,
+        )
+        return ServedModel(Choice("server", client.description), client)
 
     def _resident(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
         model = self.config.model
