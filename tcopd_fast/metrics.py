@@ -205,15 +205,25 @@ def _reward_metrics(
 
 def _loss_metrics(world: World, update: UpdateResult, optimizer_steps: int) -> dict[str, float]:
     sums: Mapping[str, float] = world.sum(update.sums)
+    maxima = world.max(update.maxima)
     count = sums["token_count"]
     square = sums["ratio_sq_sum"]
-    return {
+    metrics = {
         "loss/value": sums["loss"] / optimizer_steps,
         "loss/entropy": _mean(sums["entropy_sum"], count),
         "loss/ratio_mean": _mean(sums["ratio_sum"], count),
-        "loss/ratio_max": world.max({"ratio_max": update.ratio_max})["ratio_max"],
+        "loss/ratio_max": maxima["ratio_max"],
         "loss/clip_fraction": _mean(sums["clipped_count"] + sums["dual_clipped_count"], count),
         "loss/effective_sample_size": _mean(sums["ratio_sum"] ** 2, count * square) if square else float("nan"),
         "loss/mismatch_weight_mean": _mean(sums["is_weight_sum"], count),
         "loss/mismatch_capped_fraction": _mean(sums["is_capped_count"], count),
     }
+    if "column_sum" in sums:
+        rows = sums["grad_row_count"]
+        metrics |= {
+            "loss/dropped_mass_mean": _mean(sums["dropped_mass_sum"], rows),
+            "loss/dropped_mass_max": maxima["dropped_mass_max"],
+            "loss/dense_row_share": _mean(sums["dense_row_count"], rows),
+            "loss/kept_column_share": _mean(sums["kept_column_sum"], sums["column_sum"]),
+        }
+    return metrics

@@ -9,6 +9,7 @@ import torch
 from test_reward import config_with
 from tiny import make_model
 
+from tcopd_fast.config import LossConfig
 from tcopd_fast.loss import policy_loss
 from tcopd_fast.models import PackedCausalLM
 from tcopd_fast.packing import PACKED_SDPA, pack
@@ -97,3 +98,22 @@ def test_masked_tokens_take_no_part():
     loss.backward()
     assert torch.isfinite(loss) and float(metrics["token_count"]) == 4
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("grad_tol", [1e-9, 0.2])
+def test_tolerance_reaches_the_head_and_is_accounted_for(grad_tol):
+    exact_config = config_with({"a": 1.0}, ("a",))
+    config = exact_config.model_copy(update={"loss": LossConfig(grad_tol=grad_tol)})
+    grads = []
+    for settings in (exact_config, config):
+        model = make_model(4)
+        model.set_attn_implementation(PACKED_SDPA)
+        lm = PackedCausalLM(model)
+        loss, metrics, _ = policy_loss(lm, batch(None), settings)
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert float(metrics["grad_row_count"]) == sum(LENGTHS)
+    assert float(metrics["column_sum"]) == sum(LENGTHS) * len(lm.head().weight) >= float(metrics["kept_column_sum"])
+    assert float(metrics["dropped_mass_max"]) <= grad_tol
+    error = (grads[1] - grads[0]).norm() / grads[0].norm()
+    assert error < (1e-4 if grad_tol < 1e-6 else 0.5)

@@ -145,6 +145,18 @@ def test_metrics_are_named_by_stage_and_teacher(finished):
     assert row["loss/ratio_max"] > 1.0, "several optimizer steps per batch move the ratio"
 
 
+def test_what_the_backward_left_out_is_logged(finished, tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    tree = tiny.tree(run_dir, steps=2, loss={"grad_tol": 0.25}, learner={"minibatches": 2})
+    run(["--config", str(write_config(tmp_path / "c.yaml", tree))])
+    names = ("loss/dropped_mass_mean", "loss/dropped_mass_max", "loss/dense_row_share", "loss/kept_column_share")
+    for row in lines(run_dir / "metrics.jsonl"):
+        mean, largest, dense, kept = (row[name] for name in names)
+        assert 0 <= mean <= largest <= 0.25
+        assert 0 <= dense <= 1 and 0 < kept <= 1 and kept >= dense
+    assert not set(names) & set(lines(finished[0] / "metrics.jsonl")[-1]), "an exact backward has nothing to report"
+
+
 def test_token_samples_add_up_to_the_advantage(finished):
     run_dir, _ = finished
     records = lines(run_dir / "token_samples.jsonl")

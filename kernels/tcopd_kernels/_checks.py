@@ -23,6 +23,38 @@ def check_float_tensor(name: str, value: object) -> torch.Tensor:
     return value
 
 
+def check_plain_tensor(name: str, value: object) -> None:
+    """Refuses what stands for a head's weight but does not hold it."""
+    if isinstance(value, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got the module {type(value).__name__}; pass its weight. Of a head with an "
+            "adapter (LoRA) pass the merged weight: nothing else of the module would be used"
+        )
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor; under FSDP call this inside the forward of the wrapped module, where the parameter "
+            "is whole, and for a head that is sharded over the vocabulary pass to_local() with vocab_start and "
+            "process_group"
+        )
+
+
+def follow_autocast(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the dtype of an active autocast region, as torch.nn.functional.linear would take them.
+
+    Gradients return in the dtypes that the arguments had. float64 is left alone, as autocast does.
+    """
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        check_plain_tensor(name, value)
+        check_float_tensor(name, value)
+    kind = hidden.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return hidden, weight
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype)
+
+
 def check_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -32,6 +64,8 @@ def check_head(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Checks hidden [N,D], weight [V,D], bias [V]; returns the views of their first vocab_size rows."""
     hidden_name, weight_name, bias_name = names
+    for name, tensor in zip(names, (hidden, weight, bias), strict=True):
+        check_plain_tensor(name, tensor)
     check_float_tensor(hidden_name, hidden)
     check_float_tensor(weight_name, weight)
     if hidden.dim() != 2:
@@ -80,10 +114,8 @@ def check_device(name: str, value: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}, expected {device} like the other tensors")
 
 
-def select_targets(
-    targets: torch.Tensor, n_rows: int, vocab: int, ignore_index: int, device: torch.device
-) -> torch.Tensor | None:
-    """Row indices of the tokens that count, or None when all N do. Costs one device synchronisation."""
+def check_targets(targets: torch.Tensor, n_rows: int, device: torch.device) -> None:
+    """All that can be checked without reading the values."""
     if not isinstance(targets, torch.Tensor):
         raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
     if targets.dtype not in (torch.int32, torch.int64):
@@ -91,17 +123,36 @@ def select_targets(
     if targets.shape != (n_rows,):
         raise ValueError(f"targets must have shape [{n_rows}] like the rows of hidden, got {list(targets.shape)}")
     check_device("targets", targets, device)
-    if n_rows == 0:
-        return None
+
+
+def target_facts(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens count [N], and [3] int64: their number, lowest and highest id (0 counts as present)."""
     valid = targets != ignore_index
-    known = torch.where(valid, targets, 0)
-    count, low, high = torch.stack([valid.sum(), known.min().long(), known.max().long()]).tolist()
+    known = torch.where(valid, targets, 0).long()
+    known = known if len(known) else known.new_zeros(1)
+    return valid, torch.stack([valid.sum(), known.min(), known.max()])
+
+
+def counted_rows(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor | None:
+    """Row indices of the tokens that count, or None when all N do. Costs one device synchronisation."""
+    if len(targets) == 0:
+        return None
+    valid, facts = target_facts(targets, ignore_index)
+    count, low, high = facts.tolist()
     if low < 0 or high >= vocab:
         raise ValueError(
             f"targets holds {low if low < 0 else high}, expected a token id in [0, {vocab}) "
             f"or ignore_index={ignore_index}"
         )
-    return None if count == n_rows else valid.nonzero().squeeze(1)
+    return None if count == len(targets) else valid.nonzero().squeeze(1)
+
+
+def select_targets(
+    targets: torch.Tensor, n_rows: int, vocab: int, ignore_index: int, device: torch.device
+) -> torch.Tensor | None:
+    """check_targets, then counted_rows."""
+    check_targets(targets, n_rows, device)
+    return counted_rows(targets, vocab, ignore_index)
 
 
 def check_vector(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from tcopd_kernels._checks import accumulation_dtype
+from ._checks import accumulation_dtype
+from ._torch_upstream import Upstream
+from .types import Partials
 
 # Upper bound of one logits tile. Up to three such tiles (logits, probabilities, a factor of the same shape) are
 # alive at once, besides one fp32 tile of weight rows (of the same bound) and the gradients themselves.
@@ -24,7 +26,7 @@ CPU_TILE_BYTES = 2**20
 BOUND_ROWS = 256
 
 
-def forward(
+def partials(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -34,8 +36,8 @@ def forward(
     softcap: float | None,
     entropy: bool,
     bounds: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """hidden [N,D], weight [V,D], targets [N] int64 in [0,V) -> logprob [N], lse [N], entropy [N] or None.
+) -> Partials:
+    """Softmax statistics of hidden [N,D], weight [V,D]; targets [N] int64, those outside [0, V) are not here.
 
     bounds: [⌈N / BOUND_ROWS⌉, V], filled with upper bounds of the probability that each column has in any row of
     each block of BOUND_ROWS rows: exp(z_v − c) with c ≤ lse the larger of the target's logit and the normaliser
@@ -63,9 +65,39 @@ def forward(
                 torch.maximum(block, bound, out=block)
     if not stats:
         empty = hidden.new_empty(0, dtype=acc)
-        return empty, empty.clone(), empty.clone() if entropy else None
-    logprob, lse, ent = zip(*(row_stats.finish() for row_stats in stats), strict=True)
-    return torch.cat(logprob), torch.cat(lse), torch.cat(ent) if entropy else None
+        return Partials(empty, empty, empty if entropy else None, empty)
+    top, total, dot, target_logit = zip(*(row_stats.partials() for row_stats in stats), strict=True)
+    return Partials(torch.cat(top), torch.cat(total), torch.cat(dot) if entropy else None, torch.cat(target_logit))
+
+
+def finish(partials: Partials) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(logprob, lse, entropy or None), each [N], of the whole vocabulary."""
+    log_sum = partials.sum.log()
+    entropy = None if partials.dot is None else log_sum - partials.dot / partials.sum
+    # The lowest finite number stands for −inf.
+    removed = partials.target_logit <= torch.finfo(log_sum.dtype).min
+    target_logit = partials.target_logit.masked_fill(removed, -torch.inf)
+    return (target_logit - partials.max) - log_sum, partials.max + log_sum, entropy
+
+
+def forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    bounds: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """logprob [N], lse [N], entropy [N] or None; arguments as in `partials`."""
+    return finish(
+        partials(
+            hidden, weight, targets,
+            bias=bias, temperature=temperature, softcap=softcap, entropy=entropy, bounds=bounds,
+        )
+    )  # fmt: skip
 
 
 def backward(
@@ -87,7 +119,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Exact gradients of hidden [N,D], weight [V,D], bias [V] in their own dtypes, accumulated in fp32.
 
-    Logits are recomputed tile by tile.
+    Logits are recomputed tile by tile. Of a part of the vocabulary: its share of the gradient of hidden, where lse
+    and entropy are those of the whole vocabulary, and a target outside [0, V) belongs to another part.
     """
     n_rows, dim = hidden.shape
     acc = accumulation_dtype(hidden.dtype)
@@ -171,7 +204,8 @@ class OnlineSoftmax:
         grown = (tile.max - new_max).exp_().mul_(tile.sum)
         if self.entropy:
             mean = z.sub_(tile.max.unsqueeze(1)).mul_(p).sum(1)
-            carried = decay * (self.weighted_sum + (self.max - new_max) * self.sum)
+            # decay · sum first: the step from the lowest finite number times a sum above 1 would be −inf, not 0.
+            carried = decay * self.weighted_sum + (self.max - new_max) * (decay * self.sum)
             self.weighted_sum = carried + grown * (mean + (tile.max - new_max))
         self.sum = decay * self.sum + grown
         self.max = new_max
@@ -181,119 +215,12 @@ class OnlineSoftmax:
         """log Σ exp z over the tiles so far, [n]."""
         return self.max + self.sum.log()
 
+    def partials(self) -> Partials:
+        return Partials(self.max, self.sum, self.weighted_sum if self.entropy else None, self.target_logit)
+
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(logprob, lse, entropy or None), each [n]."""
-        log_sum = self.sum.log()
-        entropy = (log_sum - self.weighted_sum / self.sum) if self.entropy else None
-        target_logit = self.target_logit.masked_fill(self.target_logit <= self.lowest, -torch.inf)
-        return (target_logit - self.max) - log_sum, self.max + log_sum, entropy
-
-
-class Upstream:
-    """Gradients that arrive at logprob, lse and entropy, with what is needed to push them to the logits."""
-
-    def __init__(
-        self,
-        targets: torch.Tensor,
-        lse: torch.Tensor,
-        entropy: torch.Tensor | None,
-        grad_logprob: torch.Tensor,
-        grad_lse: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
-        scale: torch.Tensor | float = 1.0,
-    ) -> None:
-        self.targets, self.lse, self.entropy = targets, lse, entropy
-        self.grad_logprob, self.grad_lse, self.grad_entropy = grad_logprob, grad_lse, grad_entropy
-        self.scale = scale
-
-    @classmethod
-    def scaled(
-        cls,
-        targets: torch.Tensor,
-        lse: torch.Tensor,
-        entropy: torch.Tensor | None,
-        grad_logprob: torch.Tensor | None,
-        grad_lse: torch.Tensor | None,
-        grad_entropy: torch.Tensor | None,
-        operand: torch.dtype,
-    ) -> Upstream:
-        """Fills absent gradients; for fp16 GEMMs divides them by their largest magnitude, kept in `scale`."""
-        zeros = torch.zeros_like(lse)
-        g_logprob = zeros if grad_logprob is None else grad_logprob.to(lse.dtype)
-        g_lse = zeros if grad_lse is None else grad_lse.to(lse.dtype)
-        g_entropy = None if grad_entropy is None else grad_entropy.to(lse.dtype)
-        scale: torch.Tensor | float = 1.0
-        if operand == torch.float16 and len(lse) > 0:
-            # 1/token_count times a probability is below the smallest fp16 number.
-            parts = [g.abs().amax() for g in (g_logprob, g_lse, g_entropy) if g is not None]
-            scale = torch.stack(parts).amax().clamp_min(torch.finfo(lse.dtype).tiny)
-            g_logprob, g_lse = g_logprob / scale, g_lse / scale
-            g_entropy = None if g_entropy is None else g_entropy / scale
-        return cls(targets, lse, entropy, g_logprob, g_lse, g_entropy, scale)
-
-    def __getitem__(self, rows: slice | torch.Tensor) -> Upstream:
-        return Upstream(
-            self.targets[rows],
-            self.lse[rows],
-            None if self.entropy is None else self.entropy[rows],
-            self.grad_logprob[rows],
-            self.grad_lse[rows],
-            None if self.grad_entropy is None else self.grad_entropy[rows],
-            self.scale,
-        )
-
-    def dlogits_(self, z: torch.Tensor, cols: slice, temperature: float, softcap: float | None) -> torch.Tensor:
-        """Overwrites the logits tile z [n, cols] with the gradient of the raw head output.
-
-        dz_v = g_logprob (1[v=y] − p_v) + g_lse p_v − g_entropy p_v (log p_v + H), then the chain through
-        z = softcap·tanh(u/softcap)/temperature.
-        """
-        slope = None if softcap is None else 1.0 - (z * (temperature / softcap)).square_()
-        z.sub_(self.lse.unsqueeze(1))
-        coefficient = (self.grad_lse - self.grad_logprob).unsqueeze(1)
-        if self.grad_entropy is None or self.entropy is None:
-            z.exp_().mul_(coefficient)
-        else:
-            factor = coefficient - self.grad_entropy.unsqueeze(1) * (z + self.entropy.unsqueeze(1))
-            z = z.exp_().mul_(factor)
-        self._add_at_targets_(z, cols, self.grad_logprob)
-        if slope is not None:
-            z.mul_(slope)
-        return z if temperature == 1.0 else z.div_(temperature)
-
-    def from_probabilities_(
-        self,
-        p: torch.Tensor,
-        cols: slice | torch.Tensor,
-        temperature: float,
-        softcap: float | None,
-        share: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """dlogits_ from p [n, cols] in place of the logits; needs no gradient of the entropy.
-
-        share: [n] factors that p still lacks. cols: a slice, or ascending indices.
-        """
-        coefficient, at_target = (self.grad_lse - self.grad_logprob) / temperature, self.grad_logprob / temperature
-        if softcap is None:
-            p.mul_((coefficient if share is None else coefficient * share).unsqueeze(1))
-            self._add_at_targets_(p, cols, at_target)
-            return p
-        p = p if share is None else p.mul_(share.unsqueeze(1))
-        z = p.clamp(min=torch.finfo(p.dtype).tiny).log_().add_(self.lse.unsqueeze(1))
-        slope = 1.0 - z.mul_(temperature / softcap).square_()
-        p.mul_(coefficient.unsqueeze(1))
-        self._add_at_targets_(p, cols, at_target)
-        return p.mul_(slope)
-
-    def _add_at_targets_(self, dz: torch.Tensor, cols: slice | torch.Tensor, values: torch.Tensor) -> None:
-        if isinstance(cols, slice):
-            local = self.targets - cols.start
-            inside = (local >= 0) & (local < dz.shape[1])
-            local = local.clamp(0, dz.shape[1] - 1)
-        else:
-            local = torch.searchsorted(cols, self.targets).clamp(max=dz.shape[1] - 1)
-            inside = cols[local] == self.targets
-        dz.scatter_add_(1, local.unsqueeze(1), torch.where(inside, values, 0.0).unsqueeze(1))
+        return finish(self.partials())
 
 
 def logits(
@@ -334,16 +261,17 @@ def target_logits(
     temperature: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Logit of each row's target [N], fp32 or float64."""
+    """Logit of each row's target [N], fp32 or float64; the lowest finite number for a target outside [0, V)."""
     acc = accumulation_dtype(hidden.dtype)
     step = max(1, tile_elements(acc) // max(hidden.shape[1], 1))
     parts = [hidden.new_zeros(0, dtype=acc)]
     for rows in slices(len(targets), step):
-        y = targets[rows]
+        inside = (targets[rows] >= 0) & (targets[rows] < len(weight))
+        y = torch.where(inside, targets[rows], 0)
         z = torch.linalg.vecdot(hidden[rows].to(acc), weight[y].to(acc))
         z = z if bias is None else z + bias[y]
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        parts.append(z / temperature)
+        parts.append(torch.where(inside, z / temperature, torch.finfo(acc).min))
     return torch.cat(parts)
 
 

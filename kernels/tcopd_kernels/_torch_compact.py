@@ -2,6 +2,7 @@
 
 For a chunk of rows with bounds b_v ≥ max_i p_iv, columns are kept in bands of falling b_v, each row taking bands
 until its exact dropped mass r_i = 1 − Σ_kept p_iv is at most grad_tol; rows that stay above it take the dense path.
+For a part of the vocabulary 1 is replaced by the row's mass in that part, and the r_i of the parts add up.
 With the coefficient c_i of p_iv in the gradient of the logits (c = grad_lse − grad_logprob) the error that is left is
 
     ‖ΔdH_i‖ ≤ |c_i| r_i max_v‖W_v‖ / temperature
@@ -19,9 +20,10 @@ from typing import NamedTuple
 
 import torch
 
-from tcopd_kernels._checks import accumulation_dtype
-from tcopd_kernels._torch import BOUND_ROWS, Upstream, gemm_dtype, logits, slices, tile_shape
-from tcopd_kernels._torch_grads import Grads, HeadGradients, Needs
+from ._checks import accumulation_dtype
+from ._torch import BOUND_ROWS, gemm_dtype, logits, slices, target_logits, tile_shape
+from ._torch_grads import Grads, HeadGradients, Needs
+from ._torch_upstream import Upstream
 
 # Bands hold the columns with b_v ≥ grad_tol times these, and which no earlier band holds. The first serves the rows
 # that are nearly one-hot, the last is small enough for the tail of most tokens of a language model.
@@ -74,35 +76,45 @@ def exact_certificate(n_rows: int, vocab: int, like: torch.Tensor) -> dict[str, 
 
 
 def keep_columns(
-    bound: torch.Tensor, targets: torch.Tensor, probabilities: Probabilities, grad_tol: float, columns_per_piece: int
+    bound: torch.Tensor,
+    targets: torch.Tensor,
+    mass: torch.Tensor,
+    probabilities: Probabilities,
+    grad_tol: float,
+    columns_per_piece: int,
 ) -> tuple[list[Piece], torch.Tensor]:
-    """Pieces of the bands that each of the n rows needs, and r [n]; all targets are in the first band.
+    """Pieces of the bands that each of the n rows needs, and r [n]; all targets in [0, V) are in the first band.
+
+    bound: [V].   mass: [n], the probability of all V columns.
 
     A row gives up when even columns as probable as the next band allows could not make up its missing mass within
     the limit of GIVE_UP_SHARE of the vocabulary, and all give up when the bands reach it: they are cheaper dense.
     """
-    bound = bound.index_fill(0, targets, torch.inf)
+    vocab = len(bound)
+    here = (targets >= 0) & (targets < vocab)
+    bound = torch.cat([bound, bound.new_zeros(1)]).index_fill_(0, torch.where(here, targets, vocab), torch.inf)[:vocab]
     pieces: list[Piece] = []
-    dropped = bound.new_ones(len(targets))
-    places = torch.arange(len(targets), device=bound.device)
+    dropped = mass.clone()
+    # NaN is not within the tolerance.
+    places = (here | ~(mass <= grad_tol)).nonzero().squeeze(1)
     kept = torch.zeros_like(bound, dtype=torch.bool)
-    n_kept, limit = 0, GIVE_UP_SHARE * len(bound)
+    n_kept, limit = 0, GIVE_UP_SHARE * vocab
     for threshold in BAND_THRESHOLDS:
         columns = (bound >= grad_tol * threshold).logical_and_(~kept).nonzero().squeeze(1)
         n_kept += len(columns)
-        if n_kept > limit:
+        if len(places) == 0 or n_kept > limit:
             break
         for part in columns.split(columns_per_piece) if len(columns) else []:
             piece = Piece(part, places, probabilities(places, part))
             dropped[places] -= piece.p.sum(1)
             pieces.append(piece)
-        # NaN is not within the tolerance.
-        missing = dropped - grad_tol
-        places = (~(missing <= 0) & ~(missing > limit * grad_tol * threshold)).nonzero().squeeze(1)
-        if len(places) == 0:
-            break
+        missing = dropped[places] - grad_tol
+        places = places[~(missing <= 0) & ~(missing > limit * grad_tol * threshold)]
         kept.index_fill_(0, columns, True)
-    return pieces, dropped.clamp_(min=0) if pieces else dropped.fill_(torch.inf)
+    if not pieces:
+        # Nothing was computed for these rows, among them those that only lack their target.
+        dropped[places] = torch.inf
+    return pieces, dropped.clamp_(min=0)
 
 
 def add_kept(
@@ -178,6 +190,7 @@ def backward(
     grad_tol: float,
     bounds: torch.Tensor,
     blocks: torch.Tensor,
+    mass: torch.Tensor | None = None,
 ) -> tuple[Grads, dict[str, torch.Tensor]]:
     """Gradients of hidden [N,D], weight [V,D], bias [V] in their own dtypes, and the certificate.
 
@@ -185,8 +198,11 @@ def backward(
     """
     operand = gemm_dtype(hidden)
     upstream = Upstream.scaled(targets, lse, None, grad_logprob, grad_lse, None, operand)
+    if softcap is not None:
+        upstream.target_logit = target_logits(hidden, weight, targets, bias, temperature, softcap)
     grads = HeadGradients(hidden, weight, needs)
     certificate = Certificate(weight.shape[0], lse)
+    mass = torch.ones_like(lse) if mass is None else mass
     options = (temperature, softcap)
 
     cols_per_piece = piece_columns(hidden, weight)
@@ -200,7 +216,7 @@ def backward(
             z = logits(h[places], weight[columns].to(operand), bias, columns, *options)
             return z.sub_(part.lse[places].unsqueeze(1)).exp_()
 
-        kept = keep_columns(bounds[blocks[rows[0]]], part.targets, probabilities, grad_tol, cols_per_piece)
+        kept = keep_columns(bounds[blocks[rows[0]]], part.targets, mass[rows], probabilities, grad_tol, cols_per_piece)
         dense.append(rows[add_kept(grads, certificate, rows, h, part, kept, grad_tol, *options)])
     others = torch.cat(dense)
     add_dense(grads, certificate, others, hidden, weight, upstream[others], bias, *options)

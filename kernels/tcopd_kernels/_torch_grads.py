@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from tcopd_kernels._checks import accumulation_dtype
-from tcopd_kernels._torch import add_matmul_, gemm_dtype
+from ._checks import accumulation_dtype
+from ._torch import add_matmul_, gemm_dtype
 
 # Gradients of hidden [N, D], weight [V, D] and bias [V].
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

@@ -19,13 +19,16 @@ grad_weight sums over rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ._torch import gemm_dtype, matmul
 from ._triton_common import (
+    Head,
     Tile,
     check_operands,
     grouped_block,
@@ -39,6 +42,7 @@ from ._triton_common import (
     rows_contiguous,
     tma_usable,
 )
+from ._triton_tiles import dlogits_tiles
 
 WORKSPACE_BYTES = 256 << 20
 MIN_CHUNK = 1024  # columns: below this the products would spend their time on the fp32 accumulator
@@ -54,19 +58,43 @@ class RowTerms(NamedTuple):
     c_1: torch.Tensor
     c_2: torch.Tensor | None
 
+    @classmethod
+    def of(
+        cls,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        entropy: torch.Tensor | None,
+        grad_logprob: torch.Tensor | None,
+        grad_lse: torch.Tensor | None,
+        grad_entropy: torch.Tensor | None,
+    ) -> RowTerms:
+        g = torch.zeros_like(lse) if grad_logprob is None else grad_logprob.contiguous()
+        c_1 = -g if grad_lse is None else grad_lse - g
+        c_2 = None
+        if grad_entropy is not None and entropy is not None:
+            c_1 = c_1 - grad_entropy * entropy
+            c_2 = -grad_entropy
+        return cls(targets.contiguous(), lse.contiguous(), g, c_1.contiguous(), c_2)
+
+    def rows(self, chosen: slice | torch.Tensor) -> RowTerms:
+        c_2 = None if self.c_2 is None else self.c_2[chosen]
+        return RowTerms(self.target[chosen], self.lse[chosen], self.g[chosen], self.c_1[chosen], c_2)
+
 
 @triton.jit(do_not_specialize=["N", "chunk_start", "chunk_end"])
 def dlogits_kernel(
-    hidden, weight, bias, targets, lse, g, c_1, c_2, dlogits, bias_parts,
+    hidden, weight, bias, targets, lse, g, c_1, c_2, dlogits, bias_parts, mass_parts,
     N, V, D, hidden_stride, weight_stride, dlogits_stride, chunk_start, chunk_end,
     inv_temperature, softcap, scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, ROW_MASS: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of scale·dL/dx for columns [chunk_start, chunk_end), and its fp32 column sums of dL/dx.
+    """One tile of scale·dL/dx for columns [chunk_start, chunk_end), with its column sums of dL/dx and row sums of p.
 
-    Grid: row blocks × column blocks of the chunk. bias_parts: [row blocks, chunk width].
+    Grid: row blocks × column blocks of the chunk. bias_parts: [row blocks, chunk width] fp32, if BIAS_GRAD.
+    mass_parts: [column blocks, N] fp32, if ROW_MASS.
     """
     width = chunk_end - chunk_start
     row_block, col_block = grouped_block(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_ROWS)
@@ -86,7 +114,11 @@ def dlogits_kernel(
     row_c_1 = tl.load(c_1 + rows, mask=row_ok, other=0.0)
 
     log_p = inv_temperature * x - row_lse[:, None]
+    if ROW_MASS:
+        log_p = tl.where(col_ok[None, :], log_p, float("-inf"))
     p = tl.exp(log_p)
+    if ROW_MASS:
+        tl.store(mass_parts + col_block.to(tl.int64) * N + rows, tl.sum(p, axis=1), mask=row_ok)
     dx = p * row_c_1[:, None]
     if HAS_ENTROPY:
         row_c_2 = tl.load(c_2 + rows, mask=row_ok, other=0.0)
@@ -132,16 +164,15 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    grad_tol: float = 0.0,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of Σ_n (grad_logprob·logprob + grad_lse·lse + grad_entropy·entropy); equations in the module.
 
     Args:
-        hidden [N, D], weight [V, D], targets [N], bias, temperature, softcap: as given to `forward`.
-        lse, entropy: [N] fp32, as `forward` returned them; entropy may be None if grad_entropy is.
+        hidden [N, D], weight [V, D], targets [N], bias, temperature, softcap: as given to `forward`. A target
+            outside [0, V) belongs to another part of the vocabulary.
+        lse, entropy: [N] fp32, of the whole vocabulary; entropy may be None if grad_entropy is.
         grad_logprob, grad_lse, grad_entropy: [N] fp32 upstream gradients, None meaning zero.
         need_hidden, need_weight, need_bias: which gradients to compute; the others cost nothing.
-        grad_tol: accepted for the interface. This form is exact for every value of it.
 
     Returns:
         (grad_hidden [N, D], grad_weight [V, D], grad_bias [V]) in the dtypes of their inputs, or None where
@@ -164,17 +195,17 @@ def backward(
     grad_bias = allocate(bias, memory_format=layout) if need_bias and bias is not None else None
     if N > 0:
         hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
-        terms = _row_terms(targets, lse, entropy, grad_logprob, grad_lse, grad_entropy)
-        scale = _fp16_scale(terms, temperature) if hidden.dtype == torch.float16 else 1.0
-        head = _Head(hidden, weight, None if bias is None else bias.contiguous(), temperature, softcap)
+        terms = RowTerms.of(targets, lse, entropy, grad_logprob, grad_lse, grad_entropy)
+        scale = fp16_scale(terms, temperature) if hidden.dtype == torch.float16 else 1.0
+        head = Head(hidden, weight, None if bias is None else bias.contiguous(), temperature, softcap)
         chunk = chunk_columns(N, V, hidden.itemsize)
         workspace = torch.empty(N, chunk, dtype=hidden.dtype, device=hidden.device)
         for start in range(0, V, chunk):
             end = min(start + chunk, V)
             dlogits = workspace[:, : end - start]
-            bias_parts = _fill_dlogits(dlogits, head, terms, start, end, scale, bias_grad=grad_bias is not None)
+            bias_parts, _ = fill_dlogits(dlogits, head, terms, start, end, scale, bias_grad=grad_bias is not None)
             if grad_hidden is not None:
-                grad_hidden += _matmul_fp32(dlogits, weight[start:end])
+                grad_hidden += matmul_fp32(dlogits, weight[start:end])
             if grad_weight is not None:
                 _weight_rows_into(grad_weight[start:end], dlogits, hidden, scale)
             if grad_bias is not None and bias_parts is not None:
@@ -184,32 +215,7 @@ def backward(
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
-class _Head(NamedTuple):
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    temperature: float
-    softcap: float | None
-
-
-def _row_terms(
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    entropy: torch.Tensor | None,
-    grad_logprob: torch.Tensor | None,
-    grad_lse: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-) -> RowTerms:
-    g = torch.zeros_like(lse) if grad_logprob is None else grad_logprob.contiguous()
-    c_1 = -g if grad_lse is None else grad_lse - g
-    c_2 = None
-    if grad_entropy is not None and entropy is not None:
-        c_1 = c_1 - grad_entropy * entropy
-        c_2 = -grad_entropy
-    return RowTerms(targets.contiguous(), lse.contiguous(), g, c_1.contiguous(), c_2)
-
-
-def _fp16_scale(terms: RowTerms, temperature: float) -> float:
+def fp16_scale(terms: RowTerms, temperature: float) -> float:
     """Largest power of two that keeps every |scale·dL/dx| under 2^15; reads one number from the device.
 
     |dL/dx| ≤ (|g| + |c_1| + |c_2|/2) / T, since p ≤ 1 and p·|log p| ≤ 1/e.
@@ -221,53 +227,59 @@ def _fp16_scale(terms: RowTerms, temperature: float) -> float:
     return 2.0 ** max(-100, min(100, 15 - exponent))
 
 
-def _fill_dlogits(
+def fill_dlogits(
     dlogits: torch.Tensor,
-    head: _Head,
+    head: Head,
     terms: RowTerms,
     start: int,
     end: int,
     scale: float,
     *,
-    bias_grad: bool,
-) -> torch.Tensor | None:
+    bias_grad: bool = False,
+    row_mass: bool = False,
+    vocab: int | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Write scale·dL/dx of columns [start, end) into dlogits [N, end − start].
 
-    Returns, if bias_grad, dL/dx summed over each row block: fp32 [row blocks, end − start].
+    vocab: V of the problem where the head holds some of its columns.
+
+    Returns: with bias_grad dL/dx summed over each row block, fp32 [row blocks, end − start]; with row_mass p summed
+    over each column block, fp32 [column blocks, N].
     """
     hidden, weight, bias, temperature, softcap = head
     N, D = hidden.shape
     use_tma = tma_usable(hidden, weight)
 
-    def launch(tile: Tile) -> torch.Tensor | None:
-        row_blocks = triton.cdiv(N, tile.block_m)
+    def launch(tile: Tile) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        row_blocks, col_blocks = triton.cdiv(N, tile.block_m), triton.cdiv(end - start, tile.block_n)
         bias_parts = torch.empty(row_blocks, end - start, device=hidden.device) if bias_grad else None
+        mass_parts = torch.empty(col_blocks, N, device=hidden.device) if row_mass else None
         hidden_arg, weight_arg = operands(hidden, weight, tile, use_tma)
-        dlogits_kernel[(row_blocks * triton.cdiv(end - start, tile.block_n),)](
-            hidden_arg, weight_arg, bias, *terms, dlogits, bias_parts,
+        dlogits_kernel[(row_blocks * col_blocks,)](
+            hidden_arg, weight_arg, bias, *terms, dlogits, bias_parts, mass_parts,
             N, weight.shape[0], D, hidden.stride(0), weight.stride(0), dlogits.stride(0), start, end,
             1.0 / temperature, 1.0 if softcap is None else softcap, scale,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=terms.c_2 is not None,
-            BIAS_GRAD=bias_grad, USE_TMA=use_tma, PRECISION=input_precision(), **launch_options(tile),
+            BIAS_GRAD=bias_grad, ROW_MASS=row_mass, USE_TMA=use_tma, PRECISION=input_precision(),
+            **launch_options(tile),
         )  # fmt: skip
-        return bias_parts
+        return bias_parts, mass_parts
 
+    name = "dlogits with row mass" if row_mass else "dlogits"
+    tiles = partial(dlogits_tiles, row_mass=row_mass)
     with on_device(hidden):
-        return launch(pick_tile("dlogits", hidden, weight, terms.c_2 is not None, launch))
+        return launch(pick_tile(name, hidden, weight, terms.c_2 is not None, launch, tiles=tiles, vocab=vocab))
 
 
-def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, accumulated and returned in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # the interpreter's case: torch has no mixed-precision product on the CPU
+def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, accumulated and returned in fp32; half types go through fp32 copies where torch has no such product."""
+    operand = gemm_dtype(a)
+    return matmul(a.to(operand), b.to(operand))
 
 
 def _weight_rows_into(out: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
     """out [Vc, D] = dlogits.T @ hidden / scale. fp16 is rounded last: its scaled sums may exceed 65504."""
     if out.dtype == torch.float16:
-        out.copy_(_matmul_fp32(dlogits.t(), hidden).div_(scale))
+        out.copy_(matmul_fp32(dlogits.t(), hidden).div_(scale))
     else:
         torch.mm(dlogits.t(), hidden, out=out)

@@ -1,4 +1,4 @@
-"""Parts shared by the Triton forward and backward: tile shapes, launch limits, and the logits tile itself.
+"""Parts shared by the Triton kernels: operands, launch options, and the logits tile itself.
 
 Shapes: N tokens, V vocabulary, D hidden size.
 """
@@ -6,106 +6,32 @@ Shapes: N tokens, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+from ._backend import gpu_obstacle
+from ._triton_tiles import INTERPRETED as INTERPRETED
+from ._triton_tiles import Tile as Tile
+from ._triton_tiles import candidate_tiles as candidate_tiles
+from ._triton_tiles import device_limits as device_limits
+from ._triton_tiles import pick_tile as pick_tile
+
 GROUP_ROWS = 16  # row blocks that run side by side, so that their slice of `hidden` stays in L2
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Block shape (block_m tokens, block_n vocabulary, block_k hidden) and launch options of a variant."""
+class Head(NamedTuple):
+    """hidden [N, D] and weight [V, D], rows of stride 1; bias [V] contiguous, or None; softcap or None."""
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    def shared_bytes(self, itemsize: int) -> int:
-        """Bytes of shared memory that the software pipeline's operand buffers take."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
-
-
-INTERPRETER_TILE = Tile(16, 16, 16, 4, 1)
-
-# The first entry of each tuple is used where nothing may be timed. bench/offline_compile.py checks that the
-# fp16 and bf16 entries spill no registers on the architectures that use them.
-_FP32_TILES = (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 3))
-_SMALL_N_TILES = (Tile(16, 128, 128, 4, 3), Tile(16, 64, 128, 4, 4))
-_MEDIUM_N_TILES = (Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 8, 3))
-_AMPERE_TILES = (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4))
-_HOPPER_TILES = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
-_LEAST_SHARED_TILE = _AMPERE_TILES[1]  # fits the 99 KiB of consumer GPUs
-
-
-def candidate_tiles(capability: int, itemsize: int, N: int, entropy: bool) -> tuple[Tile, ...]:
-    """Tiles worth timing for N rows on compute capability `capability` (80, 90, …); the first is the default.
-
-    entropy: whether the kernel carries the entropy terms, which on sm_100 spill at 256 columns.
-    """
-    if itemsize == 4:
-        return _FP32_TILES
-    if N <= 16:
-        return _SMALL_N_TILES
-    if N <= 64:
-        return _MEDIUM_N_TILES
-    if capability >= 100 and entropy:
-        return _HOPPER_TILES[:1]
-    return _HOPPER_TILES if capability >= 90 else _AMPERE_TILES
-
-
-@cache
-def device_limits(device: torch.device) -> tuple[int, int, int]:
-    """(compute capability as 80, 90, …; multiprocessors; bytes of shared memory a block may take)."""
-    if device.type != "cuda":
-        return 80, 8, 1 << 30
-    properties: Any = torch.cuda.get_device_properties(device)  # the stub lacks the last field
-    return (
-        properties.major * 10 + properties.minor,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-    )
-
-
-_chosen_tiles: dict[Hashable, Tile] = {}
-
-
-def pick_tile(
-    kernel: str, hidden: torch.Tensor, weight: torch.Tensor, entropy: bool, launch: Callable[[Tile], Any]
-) -> Tile:
-    """The tile for this kernel and problem, timed once per device, dtype, N bucket, V, D and entropy.
-
-    `launch` must be idempotent. Under the interpreter, inside a CUDA graph capture, and with
-    `torch.use_deterministic_algorithms(True)` nothing is timed and the default tile is taken, so that in
-    the last case a result depends on the input and the GPU model alone.
-    """
-    if INTERPRETED:
-        return INTERPRETER_TILE
-    N, D = hidden.shape
-    capability, _, shared_limit = device_limits(hidden.device)
-    candidates = candidate_tiles(capability, hidden.itemsize, N, entropy)
-    tiles = [tile for tile in candidates if tile.shared_bytes(hidden.itemsize) <= shared_limit - 4096]
-    tiles = tiles or [_LEAST_SHARED_TILE]
-    if len(tiles) == 1 or torch.are_deterministic_algorithms_enabled():
-        return tiles[0]
-    key = (kernel, hidden.device, hidden.dtype, triton.next_power_of_2(N), weight.shape[0], D, entropy)
-    if key not in _chosen_tiles:
-        if torch.cuda.is_current_stream_capturing():
-            return tiles[0]
-        times_ms = [triton.testing.do_bench(lambda tile=tile: launch(tile), warmup=5, rep=20) for tile in tiles]
-        _chosen_tiles[key] = tiles[times_ms.index(min(times_ms))]
-    return _chosen_tiles[key]
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    temperature: float
+    softcap: float | None
 
 
 def on_device(tensor: torch.Tensor) -> Any:
@@ -123,7 +49,8 @@ def tma_usable(*matrices: torch.Tensor) -> bool:
     bytes, rows that do not overlap."""
     return all(
         matrix.is_cuda
-        and device_limits(matrix.device)[0] >= 90
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(matrix.device) >= (9, 0)
         and matrix.data_ptr() % 16 == 0
         and matrix.stride(1) == 1
         and matrix.stride(0) >= matrix.shape[1]
@@ -143,9 +70,14 @@ def operands(hidden: torch.Tensor, weight: torch.Tensor, tile: Tile, use_tma: bo
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
-    """Keyword arguments that both large kernels take from a tile."""
+    """Keyword arguments that all large kernels take from a tile."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     return blocks | {"GROUP_ROWS": GROUP_ROWS} | compile_options(tile.num_warps, tile.num_stages)
+
+
+def loop_options(tile: Tile) -> dict[str, bool]:
+    """Keyword arguments of the kernels whose loops a tile may flatten or specialise."""
+    return {"FLATTEN": tile.flatten, "WARP_SPECIALIZE": tile.warp_specialize}
 
 
 def compile_options(num_warps: int, num_stages: int) -> dict[str, Any]:
@@ -157,7 +89,8 @@ def compile_options(num_warps: int, num_stages: int) -> dict[str, Any]:
 
 def input_precision() -> str:
     """tl.dot mode for fp32 inputs: TF32 only where torch's own matmul may use it. Half types ignore it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    tf32 = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def check_operands(hidden: torch.Tensor, weight: torch.Tensor) -> None:
@@ -168,11 +101,9 @@ def check_operands(hidden: torch.Tensor, weight: torch.Tensor) -> None:
             f"the triton backend needs hidden and weight of one dtype out of float16, bfloat16, float32; got "
             f"{hidden.dtype} and {weight.dtype}: cast one of them or use backend='torch'"
         )
-    if hidden.is_cuda and (torch.version.hip is not None or device_limits(hidden.device)[0] < 80):
-        raise RuntimeError(
-            "the triton backend needs an NVIDIA GPU of compute capability 8.0 or later; got "
-            f"{torch.cuda.get_device_name(hidden.device)}: use backend='torch'"
-        )
+    obstacle = gpu_obstacle(hidden.device) if hidden.is_cuda else None
+    if obstacle:
+        raise RuntimeError(f"{obstacle}; got {torch.cuda.get_device_name(hidden.device)}: use backend='torch'")
     if INTERPRETED and hidden.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float16 or float32 there")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tcopd_kernels._checks import accumulation_dtype, check_float_tensor, check_number, check_vector
+from ._checks import accumulation_dtype, check_float_tensor, check_number, check_vector
 
 NORMALIZERS = ("active", "count", "none")
 

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-from tcopd_kernels import reference
-from tcopd_kernels._backend import load_backend, resolve_backend, without_autocast
-from tcopd_kernels._checks import (
+from . import reference
+from ._backend import load_backend, resolve_backend, without_autocast
+from ._checks import (
     accumulation_dtype,
     check_head,
     check_head_options,
     check_number,
     check_sequence,
+    follow_autocast,
     select_targets,
 )
-from tcopd_kernels.linear_logprob import scatter_rows, take_rows
+from ._launch_plan import LAUNCHES
+from ._rows import scatter_rows, take_rows
+from ._step_models import Model
 
 
 @torch.no_grad()
@@ -31,17 +34,21 @@ def multi_linear_logprob(
     ignore_index: int = -100,
     backend: str = "auto",
     vocab_size: int | None = None,
+    launch: str = "auto",
 ) -> torch.Tensor:
     """log π_m(y_n) of M frozen models, [M, N]; no gradient.
 
     Args:
-        hiddens: M tensors [N, D_m]; each model has its own width and may have its own dtype.
+        hiddens: M tensors [N, D_m]; each model has its own width and may have its own dtype. Under autocast all are
+            cast to the region's dtype.
         weights: M tensors [V_m, D_m]. V_m may differ by padding; every target must be below the smallest.
         targets: [N] int32 or int64, shared by all models.
         biases, softcaps: one entry per model (entries may be None), or None for none at all.
         temperature, ignore_index, backend: as in linear_logprob, for all models.
         vocab_size: only the first vocab_size rows of each weight count. Give it when the vocabularies are
             padded to different sizes, or padding rows take part in the normaliser.
+        launch: of the Triton kernels: "joint" (one launch for the models of a dtype), "separate" (one each), or
+            "auto", which takes one launch where that is predicted to be faster: for small N.
 
     Returns:
         [M, N] fp32, float64 if any model is float64; 0 for ignored tokens.
@@ -56,31 +63,50 @@ def multi_linear_logprob(
     biases = check_sequence("biases", biases, n_models) if biases is not None else [None] * n_models
     softcaps = check_sequence("softcaps", softcaps, n_models) if softcaps is not None else [None] * n_models
     check_head_options(temperature, None, ignore_index, 0.0)
-    heads = []
+    if launch not in LAUNCHES:
+        raise ValueError(f"launch must be one of {', '.join(LAUNCHES)}, got {launch!r}")
+    models = []
     for m, (hidden, weight, bias, softcap) in enumerate(zip(hiddens, weights, biases, softcaps, strict=True)):
         check_number(f"softcaps[{m}]", softcap, low=0.0, optional=True)
-        heads.append(check_head(hidden, weight, bias, vocab_size, (f"hiddens[{m}]", f"weights[{m}]", f"biases[{m}]")))
+        head = check_head(hidden, weight, bias, vocab_size, (f"hiddens[{m}]", f"weights[{m}]", f"biases[{m}]"))
+        models.append(Model(*follow_autocast(hidden, head[0]), head[1], softcap))
         if hidden.shape[0] != hiddens[0].shape[0] or hidden.device != hiddens[0].device:
             raise ValueError(
                 f"hiddens[{m}] has {hidden.shape[0]} rows on {hidden.device}, but hiddens[0] has "
                 f"{hiddens[0].shape[0]} on {hiddens[0].device}"
             )
-    n_rows = hiddens[0].shape[0]
-    smallest_vocab = min(weight.shape[0] for weight, _ in heads)
-    rows = select_targets(targets, n_rows, smallest_vocab, ignore_index, hiddens[0].device)
-    names = [resolve_backend(backend, hidden) for hidden in hiddens]
+    n_rows, device = hiddens[0].shape[0], hiddens[0].device
+    smallest_vocab = min(model.weight.shape[0] for model in models)
+    rows = select_targets(targets, n_rows, smallest_vocab, ignore_index, device)
+    names = [resolve_backend(backend, model.hidden) for model in models]
     if backend == "reference":
+        hidden_list, weight_list, bias_list, *_ = zip(*models, strict=True)
         return reference.multi_linear_logprob(
-            hiddens, [w for w, _ in heads], targets, biases=[b for _, b in heads],
+            hidden_list, weight_list, targets, biases=bias_list,
             temperature=temperature, softcaps=softcaps, ignore_index=ignore_index,
         )  # fmt: skip
-    out = torch.zeros(n_models, n_rows, dtype=accumulation_dtype(*(h.dtype for h in hiddens)), device=hiddens[0].device)
+    out = torch.zeros(
+        n_models, n_rows, dtype=accumulation_dtype(*(model.hidden.dtype for model in models)), device=device
+    )
+    kept = [model.take(rows) for model in models]
     kept_targets = take_rows(targets.long(), rows)
-    for m, (weight, bias) in enumerate(heads):
-        with without_autocast(weight):
+    on_triton = [m for m, name in enumerate(names) if name == "triton" and len(kept_targets)]
+    with without_autocast(hiddens[0]):
+        if on_triton:
+            found = _triton_logprobs([kept[m] for m in on_triton], kept_targets, temperature, launch)
+            out[on_triton] = scatter_rows(found.T, rows, n_rows).T.to(out.dtype)
+        for m in sorted(set(range(n_models)) - set(on_triton)):
+            hidden, weight, bias, softcap, _ = kept[m]
             logprob, _, _ = load_backend(names[m]).forward(
-                take_rows(hiddens[m], rows), weight, kept_targets,
-                bias=bias, temperature=temperature, softcap=softcaps[m], entropy=False,
-            )  # fmt: skip
-        out[m] = scatter_rows(logprob, rows, n_rows)
+                hidden, weight, kept_targets, bias=bias, temperature=temperature, softcap=softcap, entropy=False
+            )
+            out[m] = scatter_rows(logprob, rows, n_rows)
     return out
+
+
+def _triton_logprobs(models: Sequence[Model], targets: torch.Tensor, temperature: float, launch: str) -> torch.Tensor:
+    """[M, N] for N > 0 tokens that all count."""
+    from ._triton_finalize import merge_logprobs
+    from ._triton_multi import model_partials
+
+    return merge_logprobs(model_partials(models, targets, temperature, launch))

@@ -5,12 +5,13 @@ Arguments are not checked here; the public functions do that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from tcopd_kernels._checks import accumulation_dtype
-from tcopd_kernels.types import TokenLogprobs
+from ._checks import accumulation_dtype
+from .types import TokenLogprobs
 
 
 def head_logits(
@@ -167,9 +168,12 @@ def full_vocab_tcopd_loss(
     target_logits: torch.Tensor,
     target_coefficients: torch.Tensor,
     weights: torch.Tensor,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Σ_n w_n Σ_v π_θ(v)[log π_θ(v) − Σ_j a_{jn} log π_j(v)].
+    """Σ_n w_n L_n with L_n = Σ_v π_θ(v)[log π_θ(v) − Σ_j a_{jn} log π_j(v)], or a divergence of π_θ to q.
 
+    q ∝ Π_j π_j^{a_j}: "forward_kl" is KL(q‖π_θ), "jsd" is β KL(q‖m) + (1−β) KL(π_θ‖m), m = β q + (1−β) π_θ.
     logits [N,V] of the student, target_logits [J,N,V] of the frozen models, target_coefficients a [J,N].
     Returns (loss, per-token loss [N], per-token student entropy [N]).
     """
@@ -177,6 +181,89 @@ def full_vocab_tcopd_loss(
     log_targets = torch.log_softmax(target_logits, dim=-1)
     used = (target_coefficients != 0).unsqueeze(-1)
     target = torch.where(used, target_coefficients.unsqueeze(-1) * log_targets, 0.0).sum(0)
-    per_token = (log_p.exp() * (log_p - target)).sum(-1)
+    if divergence == "reverse_kl":
+        per_token = (log_p.exp() * (log_p - target)).sum(-1)
+    else:
+        log_q = torch.log_softmax(target, dim=-1)
+        per_token = divergence_to(log_p, log_q, divergence, beta)
     per_token = torch.where(weights != 0, per_token, 0.0)
     return (weights * per_token).sum(), per_token, -(log_p.exp() * log_p).sum(-1)
+
+
+def divergence_to(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: float = 0.5) -> torch.Tensor:
+    """Divergence [N] of log_p [N,V] to log_q [N,V], both normalised; "reverse_kl" is KL(p‖q)."""
+    if divergence == "reverse_kl":
+        return kl(log_p, log_q)
+    if divergence == "forward_kl":
+        return kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p‖q) = Σ_v p_v (log p_v − log q_v), [N]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def linear_tcopd_step(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ref_logprob: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    lambdas: torch.Tensor,
+    *,
+    weights: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    old_logprob: torch.Tensor | None = None,
+    rollout_logprob: torch.Tensor | None = None,
+    normalizer: str = "active",
+    base_logprobs: torch.Tensor | None = None,
+    ref_kl_coef: float = 0.0,
+    **clips: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See tcopd_kernels.linear_tcopd_step, from the frozen models' logprobs, for rows that all count, without clamps.
+
+    base_logprobs: [K, N], bases of their own for the teachers. Returns (loss, advantage [N], reward [N]).
+    """
+    logprob = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap).logprob
+    advantage, reward = contrastive_advantage(
+        logprob.detach() if old_logprob is None else old_logprob,
+        ref_logprob if base_logprobs is None else base_logprobs,
+        teacher_logprobs,
+        lambdas,
+        normalizer=normalizer,
+        student_ref_logprob=ref_logprob,
+    )
+    loss = tcopd_policy_loss(
+        logprob, advantage, old_logprob=old_logprob, rollout_logprob=rollout_logprob, weights=weights, **clips
+    )
+    return loss + ref_kl_coef * (weights * k3(logprob, ref_logprob)).sum(), advantage, reward
+
+
+def topk_tcopd_loss(
+    logits: torch.Tensor,
+    topk_ids: torch.Tensor,
+    target: torch.Tensor,
+    target_tail: torch.Tensor,
+    divergence: str = "reverse_kl",
+    tail_floor: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L [N], tail mass of the student [N]) of tcopd_kernels.topk_tcopd_loss, token by token.
+
+    logits [N,V]; topk_ids [N,M], −1 pads; target t [N,M] of the tokens and [N] of the tail.
+    """
+    losses, tails = [logits.new_zeros(0)], [logits.new_zeros(0)]
+    for n, log_p in enumerate(torch.log_softmax(logits, dim=-1)):
+        ids = topk_ids[n][topk_ids[n] >= 0]
+        tail = log_p.index_fill(0, ids, -torch.inf).exp().sum()
+        coarse = torch.cat([log_p[ids], tail.clamp_min(tail_floor).log().view(1)])
+        t = torch.cat([target[n][topk_ids[n] >= 0], target_tail[n : n + 1]])
+        p = torch.cat([log_p[ids].exp(), tail.view(1)])
+        log_q = torch.log_softmax(t, dim=0)
+        loss = (p * (coarse - t)).sum() if divergence == "reverse_kl" else (log_q.exp() * (log_q - coarse)).sum()
+        losses.append(loss.view(1))
+        tails.append(tail.view(1))
+    return torch.cat(losses), torch.cat(tails)

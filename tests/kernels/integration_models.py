@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from importlib import metadata
+from types import ModuleType
+
+import pytest
 import torch
 import transformers
 from tiny import make_model
@@ -11,15 +16,18 @@ VOCAB, BATCH, LENGTH = 512, 4, 16
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}
 
 
-def make_gemma(seed: int) -> transformers.Gemma2ForCausalLM:
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
+}  # fmt: skip
+
+
+def make_other(name: str, seed: int = 0, sharpness: float = 1.0, **options) -> transformers.PreTrainedModel:
+    """A small model of the family `name`, its embedding and head scaled up by `sharpness`."""
     torch.manual_seed(seed)
-    config = transformers.Gemma2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, final_logit_softcapping=3.0,
-        attn_implementation="eager",
-    )  # fmt: skip
-    model = transformers.Gemma2ForCausalLM(config)
-    model.get_output_embeddings().weight.data.mul_(30)  # so that the soft-cap bends the logits
+    family = getattr(transformers, f"{name}ForCausalLM")
+    model = family(family.config_class(**SMALL, **options, pad_token_id=0, eos_token_id=1))
+    model.get_output_embeddings().weight.data.mul_(sharpness)
     return model
 
 
@@ -36,8 +44,22 @@ MODELS = {
     "tied": lambda: make_model(0, VOCAB, tied=True),
     "untied": lambda: make_model(0, VOCAB, tied=False),
     "biased": lambda: make_biased(0),
-    "softcapped": lambda: make_gemma(0),
+    # Sharp enough for the soft-cap to bend the logits.
+    "softcapped": lambda: make_other("Gemma2", sharpness=30, head_dim=8, final_logit_softcapping=3.0),
+    "softcapped, later family": lambda: make_other("Gemma3", sharpness=30, head_dim=8, final_logit_softcapping=3.0),
+    "multiplied": lambda: make_other("Cohere", sharpness=30, logit_scale=0.25),
+    "divided": lambda: make_other("Granite", sharpness=30, logits_scaling=8.0),
+    "multiplied by what others divide by": lambda: make_other("HyperCLOVAX", sharpness=30, logits_scaling=0.5),
 }
+
+
+def installed(name: str) -> ModuleType:
+    """The module `name`; skips where it is not installed, but not where it is and cannot be imported."""
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{name} is not installed")
+    return importlib.import_module(name)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -64,7 +86,7 @@ def plain_statistics(model, inputs, temperature):
 def gradients(model, objective):
     model.zero_grad()
     objective.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same(values, expected):

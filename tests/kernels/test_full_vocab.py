@@ -187,7 +187,7 @@ def test_second_backward_and_bounded_memory(monkeypatch):
         ({"teacher_biases": [None]}, "teacher_biases must have 2 entries"),
         ({"teacher_softcaps": [0.0, None]}, r"teacher_softcaps\[0\] must be in"),
         ({"teacher_hiddens": [torch.zeros(3, 9), torch.zeros(3, 16)]}, r"teacher_hiddens\[0\] has 3 rows"),
-        ({"backend": "triton"}, "backend='triton' is not possible here: this function has no Triton kernel"),
+        ({"backend": "triton"}, "backend='triton' is not possible here: the tensors are on cpu"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -198,3 +198,23 @@ def test_bad_arguments_are_named(change, message):
     }  # fmt: skip
     with pytest.raises((TypeError, ValueError), match=message):
         full_vocab_tcopd_loss(student[0], student[1], **call)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_autocast_casts_every_model_and_gradients_keep_their_dtype(divergence):
+    models = make_models(torch.float32)
+    weights = torch.rand(N)
+    halves = [tuple(t.bfloat16() for t in model[:2]) for model in models]
+
+    def run(models):
+        inputs = leaves(models[0][:2], models[0][0].dtype)
+        loss, _ = call_loss([tuple(inputs), *models[1:]], [1.5, -0.5], weights=weights, divergence=divergence)
+        return loss.detach(), torch.autograd.grad(loss, inputs)
+
+    loss, grads = run(halves)
+    with torch.autocast("cpu", torch.bfloat16):
+        found_loss, found_grads = run(models)
+    assert torch.equal(found_loss, loss)
+    for found, half in zip(found_grads, grads, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, half.float())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Allocations, leaves, make_problem
 from tcopd_kernels import _torch, _torch_compact, _torch_loss, linear_logprob, linear_tcopd_loss
+from tcopd_kernels._torch_grads import Needs
 from tcopd_kernels.policy_loss import merge_metrics
 
 KEYS = {"dropped_mass_sum", "dropped_mass_max", "dense_row_count", "grad_row_count", "kept_column_sum"}
@@ -191,6 +194,56 @@ def test_half_precision_and_masked_rows(small_tiles, request, dtype, half):
             assert ((found[0] - exact[0]).float().norm(dim=1) <= bound + rounding).all()
             assert found[0].dtype == found[1].dtype == dtype
             assert (found[0][targets == -100] == 0).all()
+
+
+@pytest.mark.parametrize("grad_tol", [2.0**-4, 2.0**-9])
+@pytest.mark.parametrize("cuts", [(0, 300, 900), (0, 2, 500, 900)])
+def test_parts_of_the_vocabulary_add_up_within_the_bounds(grad_tol, cuts):
+    """What ranks that hold the parts do: each drops up to grad_tol of each row's mass, of its own mass only."""
+    n = 40
+    hidden, weight, targets = (
+        t.double() if t.is_floating_point() else t for t in make_peaked(n, 900, 8.0, flat_rows=2)
+    )
+    lse = torch.logsumexp(hidden @ weight.T, 1)
+    upstream = torch.randn(2, n, dtype=torch.float64)
+    head = {"bias": None, "temperature": 1.0, "softcap": None}
+    total, weight_parts, r = torch.zeros_like(hidden), [], torch.zeros(n, dtype=torch.float64)
+    for start, stop in itertools.pairwise(cuts):
+        part, local = weight[start:stop], targets - start
+        bounds = _torch.new_bounds(n, part)
+        own = _torch.partials(hidden, part, local, entropy=False, bounds=bounds, **head)
+        mass = (own.max + own.sum.log() - lse).exp()
+        torch.testing.assert_close(mass, (hidden @ part.T - lse.unsqueeze(1)).exp().sum(1))
+        (grad_hidden, grad_weight, _), certificate = _torch_compact.backward(
+            hidden, part, local, lse, *upstream, needs=Needs(True, True, False), grad_tol=grad_tol, bounds=bounds,
+            blocks=torch.zeros(n, dtype=torch.int64), mass=mass, **head,
+        )  # fmt: skip
+        assert certificate["dropped_mass_max"] <= grad_tol * (1 + 1e-6)
+        assert certificate["dropped_mass_max"] <= mass.max()
+        total += grad_hidden
+        weight_parts.append(grad_weight)
+        r += certificate["dropped_mass_max"] * (1 + 1e-6)
+    exact = _torch.backward(hidden, weight, targets, lse, None, *upstream, None, need_hidden=True, need_weight=True,
+                            need_bias=False, **head)  # fmt: skip
+    c = (upstream[1] - upstream[0]).abs()
+    assert ((total - exact[0]).norm(dim=1) <= c * r * weight.norm(dim=1).max() + 1e-12).all()
+    assert (torch.cat(weight_parts) - exact[1]).norm() <= (c * r * hidden.norm(dim=1)).sum() + 1e-12
+    assert grad_tol < 2.0**-4 or (torch.cat(weight_parts) == 0).all(1).sum() > 200
+
+
+def test_a_part_without_mass_and_targets_costs_nothing():
+    hidden, weight, targets = make_peaked(10, 900, 20.0)
+    part = 5 * weight[:50] - 100 * hidden.mean(0)
+    lse = torch.logsumexp(hidden @ weight.T, 1)
+    own = _torch.partials(hidden, part, targets - 5000, bias=None, temperature=1.0, softcap=None, entropy=False)
+    (grad_hidden, grad_weight, _), certificate = _torch_compact.backward(
+        hidden, part, targets - 5000, lse, torch.ones(10), None, bias=None, temperature=1.0, softcap=None,
+        needs=Needs(True, True, False), grad_tol=2.0**-8, bounds=_torch.new_bounds(10, part) + 1.0,
+        blocks=torch.zeros(10, dtype=torch.int64), mass=(own.max + own.sum.log() - lse).exp(),
+    )  # fmt: skip
+    assert (grad_hidden == 0).all() and (grad_weight == 0).all()
+    assert certificate["kept_column_sum"] == 0 and certificate["dense_row_count"] == 0
+    assert certificate["grad_row_count"] == 10
 
 
 def test_flat_rows_are_dense_and_equal_the_exact_gradient():

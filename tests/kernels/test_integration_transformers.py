@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from integration_models import BATCH, LENGTH, MODELS, TOLERANCE, VOCAB, assert_same, batch, gradients, plain_statistics
+from integration_models import (
+    BATCH,
+    LENGTH,
+    MODELS,
+    TOLERANCE,
+    VOCAB,
+    assert_same,
+    batch,
+    gradients,
+    installed,
+    plain_statistics,
+)
 from oracle import Allocations
 from tcopd_kernels import linear_logprob
 from tcopd_kernels.integrations.transformers import with_logprobs, without_logprobs
@@ -141,7 +152,7 @@ def test_heads_that_are_more_than_a_linear_are_refused():
 
     adapted_later = with_logprobs(make_model(0, VOCAB, tied=False))
     adapted_later.lm_head = Adapted(adapted_later.lm_head)
-    with pytest.raises(TypeError, match="output head of Qwen3ForCausalLM is Adapted"):
+    with pytest.raises(TypeError, match=r"output head of Qwen3ForCausalLM is test_integration_transformers.Adapted;"):
         adapted_later(**batch())
 
     replaced = make_model(0, VOCAB, tied=False)
@@ -150,18 +161,16 @@ def test_heads_that_are_more_than_a_linear_are_refused():
         with_logprobs(replaced)
 
 
-def test_scaled_or_otherwise_changed_logits_are_refused():
-    config = transformers.GraniteConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, logits_scaling=8.0,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"config.logits_scaling=8.0 scales the logits of GraniteForCausalLM"):
-        with_logprobs(transformers.GraniteForCausalLM(config))
+def test_logits_changed_in_a_way_the_config_does_not_name_are_refused():
+    model = make_model(0, VOCAB)
+    model.__class__ = ScaledQwen3
+    with pytest.raises(ValueError, match=r"the logits of ScaledQwen3 are not softcap\(scale·linear"):
+        with_logprobs(model)
 
-    unnamed = make_model(0, VOCAB)
-    unnamed.__class__ = ScaledQwen3
-    with pytest.raises(ValueError, match=r"the logits of ScaledQwen3 are not softcap\(linear"):
-        with_logprobs(unnamed)
+    model = MODELS["divided"]()
+    model.get_output_embeddings().weight.data.zero_()  # every factor would fit
+    with pytest.raises(ValueError, match=r"a scale among \[1.0, 8.0, 0.125\], or the head is all zero"):
+        with_logprobs(model)
 
 
 class ScaledQwen3(transformers.Qwen3ForCausalLM):
@@ -193,6 +202,58 @@ def test_other_misuse_is_refused_by_name():
     model.forward = types.MethodType(lambda self, **kwargs: None, model)
     with pytest.raises(ValueError, match="already replaced on this instance"):
         with_logprobs(model)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_lora_on_the_head_is_refused_before_and_after_the_switch(kind):
+    peft = installed("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
+    adapted = peft.get_peft_model(MODELS[kind](), config).get_base_model()
+    with pytest.raises(TypeError, match=r"is peft.tuners.lora.layer.Linear; only a plain torch.nn.Linear"):
+        with_logprobs(adapted)
+
+    switched = with_logprobs(MODELS[kind]())
+    peft.get_peft_model(switched, config)
+    with pytest.raises(TypeError, match=r"merge adapters first, or leave the head out"):
+        switched(**batch())
+
+
+@pytest.mark.parametrize("adapters_first", [True, False])
+@pytest.mark.parametrize("kind", ["tied", "untied", "softcapped", "divided"])
+def test_adapters_in_the_decoder_and_a_saved_head_are_honoured(small_tiles, kind, adapters_first):
+    """The copy of the head that PEFT trains is used, with its gradient; without adapters the original is."""
+    peft = installed("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], r=2)
+    inputs, results = batch(), []
+    for switched in (False, True):
+        model = MODELS[kind]()
+        if switched and not adapters_first:
+            with_logprobs(model, entropy=True)
+        adapted = peft.get_peft_model(model, config)
+        if switched and adapters_first:
+            with_logprobs(model, entropy=True)
+        trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data.add_(0.1 * noise)
+
+        def statistics(adapted=adapted, switched=switched):
+            if not switched:
+                return plain_statistics(adapted, inputs, 1.0)[1:]
+            outputs = adapted(**inputs)
+            return outputs.logprobs, outputs.entropy
+
+        logprob, entropy = statistics()
+        grads = torch.autograd.grad((logprob + 0.3 * entropy).sum(), list(trained.values()))
+        with adapted.disable_adapter():
+            values = [logprob, entropy, *statistics()]
+        results.append((values, dict(zip(trained, grads, strict=True))))
+    (expected, expected_grads), (values, grads) = results
+    assert not torch.allclose(values[0], values[2], atol=1e-2)
+    for value, true in zip(values, expected, strict=True):
+        torch.testing.assert_close(value, true, **TOLERANCE)
+    assert any("lm_head" in name for name in grads) and any("lora" in name for name in grads)
+    assert_same(grads, expected_grads)
 
 
 def test_importing_the_kernels_imports_neither_library():

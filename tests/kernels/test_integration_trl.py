@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from integration_models import BATCH, MODELS, TOLERANCE, VOCAB, assert_same, batch, gradients
+from integration_models import BATCH, MODELS, TOLERANCE, VOCAB, assert_same, batch, gradients, installed
 from oracle import Allocations
 from tcopd_kernels import linear_logprob
 from tiny import make_tokenizer
@@ -13,7 +13,7 @@ from tiny import make_tokenizer
 @pytest.fixture
 def ours():
     """The TRL switch, undone at the end whatever the test did."""
-    pytest.importorskip("trl")
+    installed("trl")
     from tcopd_kernels.integrations import trl as switch
 
     yield switch
@@ -33,7 +33,7 @@ def kernel_calls(ours, monkeypatch):
     return rows
 
 
-def make_trainer(model, folder, **options):
+def make_trainer(model, folder, peft_config=None, **options):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -47,6 +47,7 @@ def make_trainer(model, folder, **options):
         args=config,
         train_dataset=Dataset.from_dict({"prompt": ["1+1", "2+3"]}),
         processing_class=make_tokenizer(),
+        peft_config=peft_config,
     )
 
 
@@ -83,7 +84,16 @@ def grpo_step(trainer):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("tied", {}), ("untied", {"entropy_coef": 0.3}), ("softcapped", {}), ("biased", {"cast_lm_head_to_fp32": True})],
+    [
+        ("tied", {}),
+        ("untied", {"entropy_coef": 0.3}),
+        ("softcapped", {}),
+        ("softcapped, later family", {}),
+        ("multiplied", {"entropy_coef": 0.3}),
+        ("divided", {}),
+        ("multiplied by what others divide by", {}),
+        ("biased", {"cast_lm_head_to_fp32": True}),
+    ],
 )
 def test_grpo_trainer_gives_the_same_loss_and_gradients(ours, kernel_calls, small_tiles, tmp_path, kind, options):
     trainer = make_trainer(MODELS[kind](), tmp_path, **options)
@@ -96,6 +106,32 @@ def test_grpo_trainer_gives_the_same_loss_and_gradients(ours, kernel_calls, smal
     for value, expected in zip(after[:3], before[:3], strict=True):
         torch.testing.assert_close(value, expected, **TOLERANCE)
     assert_same(after[3], before[3])
+
+
+@pytest.mark.parametrize("kind", ["untied", "softcapped"])
+def test_adapters_in_the_decoder_and_a_saved_head_are_honoured(ours, kernel_calls, small_tiles, tmp_path, kind):
+    peft = installed("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], r=2)
+    trainer = make_trainer(MODELS[kind](), tmp_path, peft_config=config)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    before = grpo_step(trainer)
+    ours.patch_trl()
+    after = grpo_step(trainer)
+    assert kernel_calls
+    for value, expected in zip(after[:3], before[:3], strict=True):
+        torch.testing.assert_close(value, expected, **TOLERANCE)
+    assert any("lm_head" in name for name in after[3]) and any("lora" in name for name in after[3])
+    assert_same(after[3], before[3])
+
+
+def test_lora_on_the_head_is_refused(ours, tmp_path):
+    """TRL refuses it itself; should a version stop doing so, the adapter must not be skipped in silence."""
+    peft = installed("peft")
+    ours.patch_trl()
+    with pytest.raises(ValueError, match="lm_head` is not supported"):
+        make_trainer(MODELS["untied"](), tmp_path, peft_config=peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
 
 
 def test_patched_grpo_makes_no_logits(ours, small_tiles, tmp_path):

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from oracle import Allocations, assert_no_worse_than_torch, leaves, make_problem, plain_logprob
@@ -183,6 +187,48 @@ def test_frozen_head_costs_no_weight_gradient_and_logits_stay_bounded(monkeypatc
     with Allocations() as evaluated, torch.no_grad():
         linear_tcopd_loss(hidden, weight, targets, **call)
     assert max(evaluated.sizes) <= 20_000
+
+
+PEAK_MEMORY = """
+import torch
+from tcopd_kernels import linear_tcopd_loss
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+
+def run(n, vocab, dim):
+    hidden, weight = torch.randn(n, dim).requires_grad_(), torch.randn(vocab, dim).requires_grad_()
+    targets, advantage, weights = torch.randint(0, vocab, (n,)), torch.randn(n), torch.full((n,), 1 / n)
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+    before = resident("VmRSS")
+    linear_tcopd_loss(hidden, weight, targets, advantage=advantage, weights=weights, backend="torch")[0].backward()
+    return resident("VmHWM") - before - 4 * (hidden.numel() + weight.numel())
+
+torch.set_num_threads(1)
+run(8, 50, 4)
+n, vocab = 1024, 151936
+print(run(n, vocab, 16) / (4 * n * vocab))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the peak of the resident memory")
+def test_peak_memory_is_a_twentieth_of_the_logits_on_a_cpu():
+    """Beside the gradients of hidden and of an fp32 head, which are made once and handed on without a copy."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run([sys.executable, "-c", PEAK_MEMORY], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 0.01 < float(result.stdout) < 0.05
+
+
+@pytest.mark.parametrize("n", [1, 3, 40, 255, 1023, 1024, 5000])
+def test_chunks_of_a_cpu_are_even_and_bounded(n):
+    vocab = 151936
+    rows, cols = _torch_loss.chunk_shape(torch.empty(n, 8), vocab, buffers=1)
+    assert 1 <= rows <= n and 1 <= cols <= vocab
+    assert rows * vocab * 4 <= _torch_loss.CPU_CHUNK_BYTES
+    assert n < 1024 or rows <= n / 25
+    assert n <= rows or n / rows > -(-n // rows) - 1
 
 
 def test_rows_without_gradient_leave_the_gradient_gemms(monkeypatch):

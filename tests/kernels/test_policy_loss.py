@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcopd_kernels import reference, tcopd_policy_loss
-from tcopd_kernels.policy_loss import merge_metrics
+from tcopd_kernels.policy_loss import POLICY_METRICS, PolicyOptions, TokenTerms, merge_metrics
 
 ADDITIVE = {
     "token_count", "advantage_sum", "advantage_sq_sum", "ratio_sum", "ratio_sq_sum", "clipped_count",
@@ -181,3 +181,31 @@ def test_bad_arguments_are_named(change, message):
     call = {"logprob": torch.zeros(3), "advantage": torch.zeros(3), "weights": torch.ones(3), **change}
     with pytest.raises((TypeError, ValueError), match=message):
         tcopd_policy_loss(call.pop("logprob"), call.pop("advantage"), **call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("clips", [(0.2, 0.2, 3.0, 5.0), (None, 0.0, 1.5, None), (0.0, None, None, 1.0)])
+def test_written_gradient_is_that_of_autograd(dtype, off_policy, clips):
+    """Also where ratios leave the clip ranges or the limits of the exponentials, and for masked NaN."""
+    generator = torch.Generator().manual_seed(0)
+    n = 400
+    logprob, reward, drift, engine = torch.randn(4, n, generator=generator, dtype=dtype)
+    weights = torch.rand(n, generator=generator, dtype=dtype)
+    drift[::20], drift[1::20], drift[2::20] = 25.0, -25.0, 0.0
+    ref = logprob - 0.5
+    ref[::30] += 30.0
+    weights[::7] = 0.0
+    reward[::7], ref[::7] = torch.nan, torch.nan
+    old = logprob + drift if off_policy else None
+    tokens = TokenTerms(None, reward, ref, old, logprob + engine if off_policy else None, weights)
+    policy = PolicyOptions(*clips, advantage_clamp=1.0, ref_kl_coef=0.3)
+    variable = logprob.clone().requires_grad_()
+    loss, metrics, gradient = tokens.loss(variable, policy)
+    (expected,) = torch.autograd.grad(loss, variable)
+    assert torch.isfinite(expected).all() and (expected != 0).sum() > n / 10
+    torch.testing.assert_close(gradient, expected)
+    assert not gradient.requires_grad and gradient.dtype == dtype
+    assert tuple(metrics) == tokens.metric_names() == (*POLICY_METRICS, "ref_kl_sum")
+    detached_loss, _, again = tokens.loss(logprob, policy)
+    assert torch.equal(again, gradient) and torch.equal(detached_loss, loss.detach())

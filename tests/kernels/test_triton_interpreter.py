@@ -1,8 +1,8 @@
 """The Triton kernels under Triton's interpreter, against float64 on materialised logits.
 
-The interpreter must be chosen before Triton is imported, so `test_in_own_process` runs this file again in a
-process with TRITON_INTERPRET=1; only there are the other tests collected. bfloat16 is left out: the
-interpreter multiplies it wrongly.
+The interpreter must be chosen before Triton is imported, so `test_in_own_process` runs this file and
+test_triton_faults.py in a process with TRITON_INTERPRET=1; only there are the other tests collected. bfloat16 is
+left out: the interpreter multiplies it wrongly.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tcopd_kernels import linear_logprob, reference
-from tcopd_kernels.types import TokenLogprobs
+from tcopd_kernels._backend import load_backend
+from tcopd_kernels.types import Partials, TokenLogprobs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UPSTREAMS = ("logprob", "lse", "entropy")
@@ -36,7 +38,8 @@ def test_in_own_process():
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_triton_faults.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
@@ -275,6 +278,45 @@ class TestInterpreted:
         assert found["logprob"].shape == found["entropy"].shape == (0,)
         assert found["grad_hidden"].shape == (0, 24)
         assert not found["grad_weight"].any() and not found["grad_bias"].any()
+
+    @pytest.mark.parametrize("softcap", [None, 3.0])
+    def test_shards_of_the_vocabulary(self, softcap):
+        """Statistics of parts merge to those of the whole; a target outside of a part counts nowhere in it."""
+        hidden, weight, targets, bias = make_inputs(21, 90, 24, bias=True)
+        triton = load_backend("triton")
+        options = {"temperature": 0.8, "softcap": softcap}
+        logprob, lse, entropy = triton.forward(hidden, weight, targets, bias=bias, entropy=True, **options)
+        upstream = list(make_upstream(21).values())
+        needs = {"need_hidden": True, "need_weight": True, "need_bias": True}
+        whole = triton.backward(hidden, weight, targets, lse, entropy, *upstream, bias=bias, **options, **needs)
+        parts, grads = [], []
+        for start, stop in ((0, 33), (33, 34), (34, 90)):
+            head = (weight[start:stop], targets - start)
+            parts.append(triton.partials(hidden, *head, bias=bias[start:stop], entropy=True, **options))
+            grads.append(
+                triton.backward(hidden, *head, lse, entropy, *upstream, bias=bias[start:stop], **options, **needs)
+            )
+            here = (targets >= start) & (targets < stop)
+            assert torch.equal(parts[-1].target_logit != 0, here)
+        top = torch.stack([part.max for part in parts]).amax(0)
+        shift = [part.max - top for part in parts]
+        total = sum(part.sum * s.exp() for part, s in zip(parts, shift, strict=True))
+        dot = sum(s.exp() * (part.dot + s * part.sum) for part, s in zip(parts, shift, strict=True))
+        merged = triton.finish(Partials(top, total, dot, sum(part.target_logit for part in parts)))
+        for found, exact in zip(merged, (logprob, lse, entropy), strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sum(g[0] for g in grads), whole[0], rtol=1e-5, atol=1e-6)
+        for index in (1, 2):
+            torch.testing.assert_close(torch.cat([g[index] for g in grads]), whole[index], rtol=1e-5, atol=1e-6)
+
+    def test_forward_is_finish_of_partials(self):
+        hidden, weight, targets, bias = make_inputs(21, 90, 24, bias=True)
+        triton = load_backend("triton")
+        options = {"bias": bias, "temperature": 0.8, "softcap": 3.0, "entropy": True}
+        partials = triton.partials(hidden, weight, targets, **options)
+        every = zip(triton.finish(partials), triton.forward(hidden, weight, targets, **options), strict=True)
+        assert all(torch.equal(a, b) for a, b in every)
+        assert triton.finish(partials._replace(dot=None))[2] is None
 
     def test_refused_dtypes(self):
         from tcopd_kernels._triton_common import check_operands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from tcopd_kernels.linear_logprob import linear_logprob
+from ..linear_logprob import linear_logprob
 
 IGNORE_INDEX = -100
+# Where configs keep a factor of the logits; some models multiply by it, others divide.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
@@ -40,6 +42,7 @@ class LogprobCausalLMOutput(ModelOutput):
 
 
 class LogprobOptions(NamedTuple):
+    logit_scale: float
     temperature: float
     entropy: bool
     vocab_size: int | None
@@ -62,13 +65,14 @@ def with_logprobs(
     `shift_labels` [B, T] the labels are already aligned: give packed sequences as one row with the
     position_ids or cu_seq_lens of the model's attention, and −100 at the last token of each sequence.
     Gradients reach the head and the decoder through loss, logprobs, lse and entropy. Calls without labels,
-    and so `generate`, are unchanged. A tied head, a bias and `final_logit_softcapping` are honoured.
+    and so `generate`, are unchanged. A tied head, a bias, a factor of the logits that the config names,
+    `final_logit_softcapping` and a head in PEFT's `modules_to_save` are honoured.
 
-    One forward of two tokens checks that the model's logits are exactly softcap(hidden Wᵀ + b).
+    One forward of two tokens checks that the model's logits are exactly softcap(scale·(hidden Wᵀ + b)).
 
     Args:
-        model: a causal LM with loaded weights, before PEFT, DDP or an accelerator wraps it. LoRA inside the
-            decoder is fine (`peft_model.get_base_model()`).
+        model: a causal LM with loaded weights, before DDP or an accelerator wraps it. Of a PEFT model take
+            `peft_model.get_base_model()`; adapters inside the decoder are fine, one on the head is refused.
         temperature, entropy, vocab_size, grad_tol, backend: as in linear_logprob.
 
     Returns:
@@ -77,7 +81,7 @@ def with_logprobs(
     Raises:
         TypeError: model is not a PreTrainedModel, or its head is not a plain nn.Linear (LoRA, quantised).
         ValueError: an encoder-decoder, a forward that is already replaced, logits that are more than
-            softcap(linear), or a head that is sharded or not loaded. Calls raise it for the same heads, and
+            softcap(scale·linear), or a head that is sharded or not loaded. Calls raise it for the same heads, and
             for `logits_to_keep`, `return_dict=False` and router losses, which the switched forward lacks.
     """
     if not isinstance(model, PreTrainedModel):
@@ -93,8 +97,7 @@ def with_logprobs(
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; with_logprobs takes decoder-only models")
-    _check_logits(model)
-    options = LogprobOptions(temperature, entropy, vocab_size, grad_tol, backend)
+    options = LogprobOptions(_measured_scale(model), temperature, entropy, vocab_size, grad_tol, backend)
     original = type(model).forward
     names = list(inspect.signature(original).parameters)[1:]
 
@@ -123,6 +126,11 @@ def cast_as_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def fold_scale(scale: float, temperature: float, softcap: float | None) -> tuple[float, float | None]:
+    """(T', c') of linear_logprob for logits with a factor s > 0:  c·tanh(s·u/c)/T = c'·tanh(u/c')/T'."""
+    return temperature / scale, None if softcap is None else softcap / scale
 
 
 def check_whole(weight: Tensor) -> None:
@@ -163,13 +171,14 @@ def _forward_with_labels(
     targets_BT = shift_labels.to(head.weight.device)
     hidden_ND = hidden_BTD.to(head.weight.device).flatten(0, 1)
     hidden_ND, weight_VD, bias_V = cast_as_linear(hidden_ND, head.weight, head.bias)
+    temperature, softcap = fold_scale(options.logit_scale, options.temperature, _softcap(model))
     tokens = linear_logprob(
         hidden_ND,
         weight_VD,
         targets_BT.flatten(),
         bias=bias_V,
-        temperature=options.temperature,
-        softcap=_softcap(model),
+        temperature=temperature,
+        softcap=softcap,
         ignore_index=IGNORE_INDEX,
         entropy=options.entropy,
         grad_tol=options.grad_tol,
@@ -202,49 +211,75 @@ def _check_inputs(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
 
 def _plain_head(model: PreTrainedModel) -> nn.Linear:
     """The head, read at every call because adapters and wrappers may replace it after the switch."""
-    head = model.get_output_embeddings()
+    head = saved_copy(model.get_output_embeddings())
     if type(head) is not nn.Linear or "forward" in vars(head):
-        kind = type(head).__name__ + (" with a replaced forward" if type(head) is nn.Linear else "")
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        if type(head) is nn.Linear:
+            kind += " with a replaced forward"
         raise TypeError(
-            f"the output head of {type(model).__name__} is {kind}; only a plain nn.Linear is supported "
+            f"the output head of {type(model).__name__} is {kind}; only a plain torch.nn.Linear is supported "
             "(merge adapters first, or leave the head out of their target_modules)"
         )
     check_whole(head.weight)
     return head
 
 
-def _check_logits(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not softcap(linear(decoder output)), by name and by running it."""
+def saved_copy(head: Any) -> Any:
+    """The module that PEFT's `modules_to_save` computes with in place of `head`; any other head itself."""
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(head, peft.utils.ModulesToSaveWrapper):
+        return head
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module
+    return head.modules_to_save[head.active_adapters[0]]
+
+
+def _measured_scale(model: PreTrainedModel) -> float:
+    """The factor s for which the model's logits are softcap(s·head(decoder output)), found by running it."""
     head = _plain_head(model)
-    for key in LOGIT_SCALES:
-        value = getattr(_text_config(model), key, None)
-        if value not in (None, 1.0):
-            raise ValueError(f"config.{key}={value} scales the logits of {type(model).__name__}; not supported")
     if model.base_model is model:
         raise ValueError(f"{type(model).__name__} has no decoder below its head (base_model is the model itself)")
+    linear, logits = _probe(model, head)
+    softcap = _softcap(model)
+    named = [v for key in LOGIT_SCALES if isinstance(v := getattr(_text_config(model), key, None), float | int)]
+    candidates = [1.0, *(scale for v in named if v > 0 and v != 1 for scale in (float(v), 1 / v))]
+
+    def error(scale: float) -> float:
+        """Largest difference of the two logits, relative to the largest logit."""
+        expected = scale * linear
+        if softcap is not None:
+            expected = softcap * torch.tanh(expected / softcap)
+        if expected.shape != logits.shape:
+            return float("inf")
+        return (
+            (logits - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        ).item()
+
+    best = min(candidates, key=error)
+    # Soft-capped in half precision by the model and in fp32 here: a few units of 2⁻⁸.
+    tolerance = 2**-5 if head.weight.dtype.itemsize == 2 else 1e-4
+    if not error(best) <= tolerance or (len(candidates) > 1 and not linear.any()):
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not softcap(scale·linear(decoder output)) for softcap={softcap} "
+            f"and a scale among {candidates}, or the head is all zero; models that change their logits otherwise are "
+            "not supported"
+        )
+    return best
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """fp32 output of the head alone and of the whole model for two tokens; the random state stays as it was."""
     seen: list[Tensor] = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     device = head.weight.device
-    probe = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+    tokens = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            logits = model(input_ids=probe, use_cache=False).logits.float()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            logits = model(input_ids=tokens, use_cache=False).logits
     finally:
         hook.remove()
-    softcap = _softcap(model)
-    with torch.no_grad():
-        expected = head(seen[0].to(device)).float()
-    if softcap is not None:
-        expected = softcap * torch.tanh(expected / softcap)
-    # Soft-capped in half precision by the model and in fp32 here: a few units of 2⁻⁸.
-    tolerance = 2**-5 if head.weight.dtype.itemsize == 2 else 1e-4
-    if logits.shape != expected.shape or not torch.allclose(
-        logits, expected, rtol=0.0, atol=tolerance * expected.abs().max().item()
-    ):
-        raise ValueError(
-            f"the logits of {type(model).__name__} are not softcap(linear(decoder output)) with "
-            f"softcap={softcap}; models that scale or change their logits otherwise are not supported"
-        )
+    return head(seen[0].to(device)).float(), logits.float()
 
 
 def _softcap(model: PreTrainedModel) -> float | None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 
-from tcopd_kernels.integrations.transformers import cast_as_linear, check_whole
-from tcopd_kernels.linear_logprob import linear_logprob
+from ..linear_logprob import linear_logprob
+from .transformers import cast_as_linear, check_whole, fold_scale
 
 NAME = "_ChunkedLogProbFunction"
 FUNCTION_PARAMETERS = (
@@ -76,8 +76,7 @@ class KernelLogprobFunction:
     ) -> tuple[Tensor | None, ...]:
         """logprob [N], entropy [N] or None, and None for TRL's three other statistics.
 
-        z = c·tanh(s·u/c)/T,   u = h Wᵀ + b,   s = logit_scale, c = softcap, T = temperature
-          = c'·tanh(u/c')/T'   with c' = c/s, T' = T/s   for s > 0
+        z = c·tanh(s·u/c)/T,   u = h Wᵀ + b,   s = logit_scale > 0, c = softcap, T = temperature
         """
         if not OURS.issuperset(outputs):
             return self.original.apply(
@@ -88,13 +87,14 @@ class KernelLogprobFunction:
         if not logit_scale > 0:
             raise ValueError(f"the model's logit scale must be positive, got {logit_scale}; call unpatch_trl()")
         hidden, weight, bias = cast_as_linear(hidden, weight, bias)
+        temperature, softcap = fold_scale(logit_scale, temperature, final_logit_softcapping)
         tokens = linear_logprob(
             hidden,
             weight,
             targets,
             bias=bias,
-            temperature=temperature / logit_scale,
-            softcap=None if final_logit_softcapping is None else final_logit_softcapping / logit_scale,
+            temperature=temperature,
+            softcap=softcap,
             entropy="entropy" in outputs,
             grad_tol=self.grad_tol,
             backend=self.backend,
