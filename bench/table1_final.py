@@ -19,6 +19,7 @@ from tcopd_fast import rundir
 from tcopd_fast.commands import run_export
 from tcopd_fast.config import Config
 from tcopd_fast.data import load_prompts
+from tcopd_fast.dist import World
 from tcopd_fast.evaluate import evaluate
 from tcopd_fast.judges import Judges
 from tcopd_fast.models import check_models
@@ -63,7 +64,7 @@ def evaluate_checkpoint(config: Config, model: str, seed: int) -> dict[str, dict
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = check_models(config)
     prompts = load_prompts(config.eval.data, models.tokenizer, config.data).prompts
-    scorer = Scorer(config, models, device)
+    scorer = Scorer(config, models, World(0, 1, device))
     engine = HfEngine(
         model,
         models.tokenizer,

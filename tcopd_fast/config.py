@@ -21,7 +21,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 JUDGES = ("math", "exact", "code")
-Placement = Literal["auto", "resident", "offload", "delta"]
+Placement = Literal["auto", "resident", "offload", "sharded", "delta"]
 
 
 class Section(BaseModel):
@@ -169,8 +169,11 @@ class ScoringConfig(Section):
     max_tokens_per_trip: PositiveInt = 262144
     """Packed tokens that share one trip of an offloaded or delta model's layers through memory."""
     placement: Placement = "auto"
-    """resident: whole on the device. offload: layers stream from disk (on a GPU from pinned host memory). delta: a
-    difference to a base, rebuilt layer by layer. auto: delta for a delta folder, else resident while it fits."""
+    """resident: whole on the device. offload: layers stream from disk (on a GPU from pinned host memory). sharded:
+    DeepSpeed ZeRO-3 over the ranks. delta: a difference to a base, rebuilt layer by layer. auto: delta for a delta
+    folder, else the first of resident, sharded (with several ranks) and offload that fits."""
+    shards_on_host: bool = False
+    """sharded: the shards wait in host memory."""
     resident_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """auto: share of the free memory that resident models may take; the rest is for activations."""
     skip_unused_reference: bool = False

@@ -211,10 +211,12 @@ def _sharded_loading(settings: dict[str, Any], stage: int) -> Any:
     """Under ZeRO-3 transformers loads straight into shards while an HfDeepSpeedConfig is alive."""
     if stage < 3:
         return nullcontext()
-    return _HfZero3(settings)
+    return HfZero3(settings)
 
 
-class _HfZero3:
+class HfZero3:
+    """While open, transformers loads checkpoints straight into the shards of these ZeRO-3 settings."""
+
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
 

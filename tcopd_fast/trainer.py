@@ -340,7 +340,7 @@ def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: 
     )
     # An engine may reseed the global generator while it starts.
     torch.manual_seed(config.seed)
-    scorer = Scorer(config, inputs.models, world.device, world.ranks_here)
+    scorer = Scorer(config, inputs.models, world)
     if start:
         learner.load(rundir.checkpoint_dir(config.run_dir, start))
         sync_weights(learner, engine, start)

@@ -8,6 +8,7 @@ from tiny import CHARACTERS, make_model, make_tokenizer
 
 from tcopd_fast.config import Config
 from tcopd_fast.config_io import validate
+from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import check_models, load_causal_lm
 from tcopd_fast.packing import pack
@@ -15,6 +16,7 @@ from tcopd_fast.scoring import Scorer
 from tcopd_fast.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
+WORLD = World(0, 1, CPU)
 
 
 def config_for(tiny, tmp_path, **sections) -> Config:
@@ -40,7 +42,7 @@ def exact(model, rollout, rows=None) -> torch.Tensor:
 
 def test_scores_equal_each_model_on_its_own(tiny, tmp_path):
     config = config_for(tiny, tmp_path, scoring={"max_tokens_per_forward": 9})
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     items = scorer.score(rollouts(), [{"expert": 1.5, "anti": -0.5}] * 3)
     for item in items:
         for got, seed in (
@@ -55,7 +57,7 @@ def test_a_teacher_never_sees_samples_where_its_lambda_is_zero(tiny, tmp_path, m
     config = config_for(
         tiny, tmp_path, objective={"lambdas": {"x": {"expert": 1.0}, "y": {"expert": 1.0, "anti": -0.5}}}
     )
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     seen = {}
     whole = Scorer.logprobs
     monkeypatch.setattr(
@@ -70,7 +72,7 @@ def test_a_teacher_never_sees_samples_where_its_lambda_is_zero(tiny, tmp_path, m
 
 def test_a_teacher_that_is_never_active_is_not_loaded(tiny, tmp_path):
     config = config_for(tiny, tmp_path, objective={"lambdas": {"expert": 1.5, "anti": 0.0}})
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     assert "anti" not in scorer.roles and len(scorer.models) == 2
 
 
@@ -83,7 +85,7 @@ def test_identical_checkpoints_load_once(tiny, tmp_path):
         "anti": {"path": str(tiny.expert), "base": str(tiny.student)},
     }
     config = config_for(tiny, tmp_path, teachers=teachers)
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     assert len(scorer.models) == 2, "expert and anti are one checkpoint, reference and base another"
 
 
@@ -93,7 +95,7 @@ def test_padded_vocabulary_is_handled(tiny, tmp_path):
     )
     models = check_models(config)
     assert models.vocab_size == 24
-    item = Scorer(config, models, CPU).score(rollouts((4,)), [{"expert": 1.0, "anti": 0.0}])[0]
+    item = Scorer(config, models, WORLD).score(rollouts((4,)), [{"expert": 1.0, "anti": 0.0}])[0]
     expected = exact(make_model(1, vocab_rows=40), item.rollout, rows=24)
     torch.testing.assert_close(item.teacher_logprobs["expert"].double(), expected, atol=2e-5, rtol=0)
 

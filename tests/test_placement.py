@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_models import CPU, config_for, rollouts
+from test_models import CPU, WORLD, config_for, rollouts
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3MoeConfig
 
@@ -31,7 +31,7 @@ SHAPE = dict(
 
 
 def scores(config):
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     items = scorer.score(rollouts(), LAMBDAS)
     return scorer, [t for item in items for t in (item.ref_logprob, *item.teacher_logprobs.values())]
 
@@ -111,16 +111,16 @@ def test_auto_keeps_models_resident_while_they_fit_and_says_why(tiny, tmp_path, 
     size = placement.checkpoint_bytes(str(tiny.student), torch.float32)
     monkeypatch.setattr(placement, "free_memory", lambda device, ranks: int(2.5 * size))
     config = config_for(tiny, tmp_path, scoring={"resident_share": 1.0})
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     assert [m.choice.placement for m in scorer.models.values()] == ["resident", "resident", "offload"]
-    assert re.search(r"^anti: offload \(.* do not fit the .* left for resident models\)$", scorer.placements()[2])
+    assert re.search(r"^anti: offload \(.* do not fit the .* left for frozen models\)$", scorer.placements()[2])
     assert scorer.placements()[0].startswith("reference: resident (")
 
 
 def test_a_placement_per_teacher_overrides_that_of_all(tiny, tmp_path):
     teachers = {"expert": {"path": str(tiny.expert)}, "anti": {"path": str(tiny.anti), "placement": "resident"}}
     config = config_for(tiny, tmp_path, teachers=teachers, scoring={"placement": "offload"})
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     found = {role: scorer.models[key].choice.placement for role, key in scorer.roles.items()}
     assert found == {"reference": "offload", "expert": "offload", "anti": "resident"}
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_models import CPU, config_for, exact, rollouts
+from test_models import WORLD, config_for, exact, rollouts
 from tiny import CHARACTERS, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -474,7 +474,7 @@ def test_a_served_teacher_stands_beside_resident_models(tiny, tmp_path, fakes):
     fake = fakes()
     # The path only names the tokenizer: whatever is served there scores, even if the path is the student's.
     config = served(tiny, tmp_path, fake, anti={"path": str(tiny.student), "base": str(tiny.expert)})
-    scorer = Scorer(config, check_models(config), CPU)
+    scorer = Scorer(config, check_models(config), WORLD)
     assert {role: scorer.models[key].choice.placement for role, key in scorer.roles.items()} == {
         "reference": "resident", "expert": "resident", "anti": "server", "anti.base": "resident",
     }  # fmt: skip

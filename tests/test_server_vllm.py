@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 from running import ROOT
-from test_models import CPU, config_for, rollouts
+from test_models import WORLD, config_for, rollouts
 
 from tcopd_fast.dist import free_port
 from tcopd_fast.errors import UserError
@@ -93,7 +93,7 @@ def scorer_of(tiny, tmp_path, server=None, **sections) -> Scorer:
         expert |= {"placement": "server", "server": server}
     teachers = {"expert": expert, "anti": {"path": str(tiny.anti)}}
     config = config_for(tiny, tmp_path, teachers=teachers, **sections)
-    return Scorer(config, check_models(config), CPU)
+    return Scorer(config, check_models(config), WORLD)
 
 
 def expert_scores(scorer: Scorer, items) -> torch.Tensor:

@@ -6,10 +6,10 @@ import filecmp
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tcopd_fast.config import Config, FrozenModelConfig
+from tcopd_fast.dist import World
 from tcopd_fast.models import ModelSet, resolve_path
 from tcopd_fast.reward import reference_cancels, reference_ever_needed
 from tcopd_fast.scoring.placement import FrozenModel, Placer, ServedModel
@@ -26,12 +26,12 @@ class Scorer:
     the model's name there.
     """
 
-    def __init__(self, config: Config, models: ModelSet, device: torch.device, ranks_here: int = 1) -> None:
-        """ranks_here: processes that share this machine's memory."""
+    def __init__(self, config: Config, models: ModelSet, world: World) -> None:
+        """A collective when some model is sharded."""
         self.config = config
         self.roles: dict[str, ModelKey] = {}
         self.models: dict[ModelKey, FrozenModel | ServedModel] = {}
-        placer = Placer(config, models, device, ranks_here)
+        placer = Placer(config, models, world)
         for role, spec in self._wanted().items():
             dtype = spec.dtype or config.model.dtype
             key = self._key(spec, dtype)
@@ -85,7 +85,11 @@ class Scorer:
         for i, roles in enumerate(roles_of):
             for role in roles:
                 needs[self.roles[role]].add(i)
-        scores = {key: self.logprobs(key, rollouts, sorted(indices)) for key, indices in needs.items() if indices}
+        scores = {
+            key: self.logprobs(key, rollouts, sorted(indices))
+            for key, indices in needs.items()
+            if indices or self.models[key].collective
+        }
 
         def of(role: str, i: int) -> Tensor:
             return scores[self.roles[role]][i]

@@ -2,6 +2,7 @@
 
 resident   on the scoring device, whole
 offload    on disk or in pinned host memory; one layer at a time passes through the device
+sharded    spread over the ranks, one layer at a time gathered from all of them
 delta      as a lossless difference to a base; one layer at a time is rebuilt
 server     in other processes that answer over HTTP
 """
@@ -19,11 +20,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tcopd_fast.config import Config, FrozenModelConfig, longest_sequence
+from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import DTYPES, ModelSet, load_causal_lm, load_model_config, local_folder, text_config
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, is_delta
 from tcopd_fast.scoring.server import TeacherClient
+from tcopd_fast.scoring.sharded import ShardedLM
 from tcopd_fast.scoring.streamed import StreamedCausalLM
 from tcopd_fast.scoring.weights import (
     CheckpointFolder,
@@ -47,7 +50,8 @@ class Choice:
 class FrozenModel:
     """Scores rollouts: packs them, and runs groups of packed tokens through `forward`.
 
-    forward: groups -> float32 logprobs [N] of each. It is given as many groups at once as `tokens_per_trip` allows.
+    forward: groups -> float32 logprobs [N] of each. It is given as many groups at once as `tokens_per_trip` allows;
+    with tokens_per_trip None all of them, in exactly one call, which all ranks make together.
     """
 
     def __init__(
@@ -56,11 +60,12 @@ class FrozenModel:
         forward: Callable[[Sequence[PackedTokens], float], list[Tensor]],
         *,
         tokens_per_forward: int,
-        tokens_per_trip: int,
+        tokens_per_trip: int | None,
         device: torch.device,
     ) -> None:
         self.choice, self._forward, self._device = choice, forward, device
         self._tokens_per_forward, self._tokens_per_trip = tokens_per_forward, tokens_per_trip
+        self.collective = tokens_per_trip is None
 
     @torch.inference_mode()
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[Tensor]:
@@ -68,7 +73,9 @@ class FrozenModel:
         lengths = [len(r.prompt.token_ids) + len(r.token_ids) - 1 for r in rollouts]
         groups = split_by_tokens(lengths, self._tokens_per_forward)
         out: dict[int, Tensor] = {}
-        for trip in split_by_tokens([sum(lengths[i] for i in group) for group in groups], self._tokens_per_trip):
+        sizes = [sum(lengths[i] for i in group) for group in groups]
+        trips = [range(len(groups))] if self._tokens_per_trip is None else split_by_tokens(sizes, self._tokens_per_trip)
+        for trip in trips:
             chosen = [groups[g] for g in trip]
             packed = [
                 pack([rollouts[i].prompt.token_ids for i in group], [rollouts[i].token_ids for i in group]).to(
@@ -88,6 +95,7 @@ class ServedModel:
 
     choice: Choice
     client: TeacherClient
+    collective = False
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[Tensor]:
         """As `FrozenModel.score`, at temperature 1."""
@@ -97,9 +105,11 @@ class ServedModel:
 class Placer:
     """Puts models where the configuration says, or where they fit."""
 
-    def __init__(self, config: Config, models: ModelSet, device: torch.device, ranks_here: int = 1) -> None:
-        self.config, self.models, self.device = config, models, device
-        self.budget = int(free_memory(device, ranks_here) * config.scoring.resident_share)
+    def __init__(self, config: Config, models: ModelSet, world: World) -> None:
+        self.config, self.models, self.world, self.device = config, models, world, world.device
+        # The same number on every rank, so that all choose alike.
+        free = -world.max({"free": -float(free_memory(world.device, world.ranks_here))})["free"]
+        self.budget = int(free * config.scoring.resident_share)
         self.slots: RingSlots | None = None
         self.resident: dict[tuple[str, torch.dtype], ResidentWeights] = {}
 
@@ -108,18 +118,15 @@ class Placer:
         if spec.placement == "server":
             return self._served(spec)
         choice = self.choose(spec, dtype)
-        forward = self._resident(spec, dtype) if choice.placement == "resident" else self._streamed(spec, dtype)
+        load = {"resident": self._resident, "sharded": self._sharded}.get(choice.placement, self._streamed)
         tokens = self.config.scoring.max_tokens_per_forward
+        trip = {"resident": tokens, "sharded": None}.get(choice.placement, self.config.scoring.max_tokens_per_trip)
         return FrozenModel(
-            choice,
-            forward,
-            tokens_per_forward=tokens,
-            tokens_per_trip=tokens if choice.placement == "resident" else self.config.scoring.max_tokens_per_trip,
-            device=self.device,
+            choice, load(spec, dtype), tokens_per_forward=tokens, tokens_per_trip=trip, device=self.device
         )
 
     def choose(self, spec: FrozenModelConfig, dtype: str) -> Choice:
-        """The configured placement, or for `auto` resident as long as the share of free memory lasts, then offload."""
+        """The configured placement, or for `auto` the first that fits of resident, sharded (with ranks), offload."""
         placement = spec.placement or self.config.scoring.placement
         if is_delta(spec.path):
             if placement not in ("auto", "delta"):
@@ -131,17 +138,29 @@ class Placer:
                 "give OUT as its path"
             )
         size = checkpoint_bytes(spec.path, DTYPES[dtype])
-        if placement == "auto" and size > self.budget:
-            return Choice("offload", f"{gib(size)} do not fit the {gib(self.budget)} left for resident models")
-        if placement == "offload":
-            return Choice("offload", "configured")
-        reason = (
-            "configured"
-            if placement == "resident"
-            else f"{gib(size)} fit the {gib(self.budget)} left for resident models"
+        left = f"{gib(self.budget)} left for frozen models"
+        if placement != "auto":
+            choice = Choice(placement, "configured")
+        elif size <= self.budget:
+            choice = Choice("resident", f"{gib(size)} fit the {left}")
+        elif self.world.size > 1 and size // self.world.size <= self.budget:
+            choice = Choice("sharded", f"{gib(size)} do not fit the {left}, a {self.world.size}th of it does")
+        else:
+            choice = Choice("offload", f"{gib(size)} do not fit the {left}")
+        self.budget -= {"resident": size, "sharded": size // self.world.size}.get(choice.placement, 0)
+        return choice
+
+    def _sharded(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
+        model = self.config.model
+        return ShardedLM(
+            spec.path,
+            self.world,
+            dtype=dtype,
+            host=self.config.scoring.shards_on_host,
+            attention=model.attention,
+            vocab_size=self.models.vocab_size,
+            trust_remote_code=model.trust_remote_code,
         )
-        self.budget -= size
-        return Choice("resident", reason)
 
     def _served(self, spec: FrozenModelConfig) -> ServedModel:
         assert spec.server is not None, "checked by Config"
