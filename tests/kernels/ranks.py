@@ -33,4 +33,7 @@ def _rank(rank: int, size: int, folder: Path, module: str, name: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
     torch.save(getattr(__import__(module), name)(), folder / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads may outlive the group, and the C++ runtime aborts a process that exits before they end.
+    os._exit(0)
