@@ -1,6 +1,7 @@
 """Compile every Triton kernel variant without a GPU and report registers, spills, shared memory and instructions.
 
-    PYTHONPATH=kernels python bench/offline_compile.py [--json OUT] [--archs 80 90 gfx942] [--only SUBSTRING] [--jobs 2]
+    PYTHONPATH=kernels python bench/offline_compile.py [--json OUT] [--archs 80 90 gfx942] [--only SUBSTRING]
+        [--hot] [--jobs 2]
 
 The variants come from the `specs` of each offline_<family>.py beside this file. Registers and spills come from the
 ptxas log of the compile itself, on AMD from the metadata of the assembly, shared memory from Triton's metadata, the
@@ -122,8 +123,8 @@ def table_row(spec: Spec, found: dict[str, Any]) -> dict[str, Any]:
     return {"name": spec.name, "arch": spec.arch, "hot": spec.hot, **found, "faults": faults, "variant": variant}
 
 
-def run(archs: list[Arch], only: str, jobs: int) -> list[dict[str, Any]]:
-    specs = [spec for spec in all_specs(tuple(archs)).values() if only in spec.name]
+def run(archs: list[Arch], only: str, hot: bool, jobs: int) -> list[dict[str, Any]]:
+    specs = [spec for spec in all_specs(tuple(archs)).values() if only in spec.name and spec.hot >= hot]
     print(f"{'variant':66} {'':3} {'regs':>4} {'spill B':>7} {'smem KiB':>8}  instructions")
     return [table_row(spec, found) for spec, found in zip(specs, _inspected(specs, archs, jobs), strict=True)]
 
@@ -151,9 +152,10 @@ def main() -> int:
     known = list(SHARED_LIMIT_BYTES)
     parser.add_argument("--archs", type=arch_of, nargs="+", default=known, choices=known)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only variants whose name contains it")
+    parser.add_argument("--hot", action="store_true", help="only the variants that a default call runs")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile side by side (default 1)")
     args = parser.parse_args()
-    rows = run(args.archs, args.only, args.jobs)
+    rows = run(args.archs, args.only, args.hot, args.jobs)
     if not rows:
         parser.error(f"--only {args.only!r} matches no variant")
     if args.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def run_eval(
             f"rollout.max_new_tokens={new_tokens}: with the longest prompt that is {longest} tokens, and {model} holds "
             f"{positions}; lower it"
         )
+    with Judges(config.judge) as judges:
+        judges.check(chain(*sets.values()))
     out.mkdir(parents=True, exist_ok=True)
     world = init_world()
     engine = build_engine(

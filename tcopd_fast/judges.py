@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tcopd_fast import sandbox
 from tcopd_fast.config import JudgeConfig
 from tcopd_fast.errors import UserError
-from tcopd_fast.types import Rollout
+from tcopd_fast.types import Prompt, Rollout
 from tcopd_fast.verify import Judge, boxed_answer
 
 _FENCE = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -33,12 +33,18 @@ class DomainJudge(Protocol):
 class Judges:
     """One judge per kind in use, each started when the first sample needs it."""
 
-    def __init__(self, config: JudgeConfig, domains: Iterable[str] = ()) -> None:
-        """Raises UserError when a judge that `domains` need cannot work here."""
+    def __init__(self, config: JudgeConfig) -> None:
         self.config = config
         self._judges: dict[str, DomainJudge] = {}
-        for domain in domains:
-            self._judge(self.kind(domain))
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Raises UserError when a judge that these prompts need cannot work here, or has no use for their answers."""
+        for prompt in prompts:
+            if prompt.answer is not None:
+                kind = self.kind(prompt.domain)
+                self._judge(kind)
+                if kind == "code":
+                    code_tests(prompt.answer)
 
     def kind(self, domain: str) -> str:
         """math, exact, code, or MODULE:FUNCTION."""
@@ -158,6 +164,15 @@ class CodeJudge:
         if reason := sandbox.obstacle():
             raise UserError(
                 f"judge code: generated programs cannot be confined here: {reason}; use another machine or judge"
+            )
+        try:
+            trial = sandbox.run("print(1)", limits=limits)
+        except RuntimeError as error:
+            raise UserError(f"judge code: generated programs cannot be confined here: {error}") from error
+        if trial.stdout != "1\n":
+            raise UserError(
+                f"judge code: a program that prints 1 does not run within its limits ({trial.stderr.strip()[-200:]}); "
+                "raise judge.code_timeout_s or judge.code_memory_bytes"
             )
         self._limits, self._workers = limits, workers
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
             f"objective.lambdas: training prompts have the domain {unknown!r} but the table only has "
             f"{', '.join(map(str, tables))}; add it or set data.train[].domain"
         )
-    with Judges(config.judge, domains):
-        pass  # a judge that cannot work here is refused before any weight is loaded
     sets = load_eval_sets(config.eval.data, models.tokenizer, config.data)
+    with Judges(config.judge) as judges:
+        judges.check(chain(prompts.prompts, *sets.values()))
     longest = longest_sequence(config)
     if longest > models.max_position_embeddings:
         raise UserError(

@@ -135,7 +135,7 @@ def test_time_is_limited(program, status):
 def test_a_machine_without_a_sandbox_is_refused(monkeypatch):
     monkeypatch.setattr(sandbox, "_landlock_abi", lambda: -1)
     with pytest.raises(UserError, match=r"cannot be confined here: the kernel has no Landlock"):
-        Judges(JudgeConfig(domains={"c": "code"}), ["c"])
+        Judges(JudgeConfig(domains={"c": "code"})).check([rollout("c", "", '["assert True"]').prompt])
 
 
 def test_exact_judge_compares_words():
@@ -175,4 +175,17 @@ def test_unknown_judges_are_refused(kind):
     with pytest.raises(ValueError, match=r"judge\.domains\.x: .* is no judge"):
         _check_judges(JudgeConfig(domains={"x": kind}))
     with pytest.raises(UserError, match="cannot be imported"):
-        Judges(JudgeConfig(domains={"x": "no_such_module:f"}), ["x"])
+        Judges(JudgeConfig(domains={"x": "no_such_module:f"})).check([rollout("x", "", "1").prompt])
+
+
+def test_answers_without_tests_are_refused_beforehand():
+    judges = Judges(JudgeConfig(domains={"c": "code"}))
+    judges.check([rollout("c", "", '["assert True"]').prompt, rollout("c", "", None).prompt])
+    with pytest.raises(UserError, match="has no tests"):
+        judges.check([rollout("c", "", "[]").prompt])
+
+
+def test_limits_too_tight_for_any_program_are_refused_beforehand():
+    judges = Judges(JudgeConfig(domains={"c": "code"}, code_memory_bytes=1 << 20))
+    with pytest.raises(UserError, match=r"does not run within its limits .* raise judge\.code_timeout_s"):
+        judges.check([rollout("c", "", '["assert True"]').prompt])

@@ -21,7 +21,7 @@ from tcopd_fast.models import check_models, load_causal_lm
 from tcopd_fast.packing import pack
 from tcopd_fast.scoring import Scorer, delta, placement
 from tcopd_fast.scoring.streamed import StreamedCausalLM
-from tcopd_fast.scoring.weights import MappedWeights
+from tcopd_fast.scoring.weights import CheckpointFolder, MappedWeights
 
 LAMBDAS = [{"expert": 1.5, "anti": -0.5}] * 3
 SHAPE = dict(
@@ -108,7 +108,7 @@ def test_a_checkpoint_under_other_names_cannot_be_streamed(tmp_path):
 
 
 def test_auto_keeps_models_resident_while_they_fit_and_says_why(tiny, tmp_path, monkeypatch):
-    size = placement.checkpoint_bytes(str(tiny.student), torch.float32)
+    size = CheckpointFolder(tiny.student).weights() * 4
     monkeypatch.setattr(placement, "free_memory", lambda device, ranks: int(2.5 * size))
     config = config_for(tiny, tmp_path, scoring={"resident_share": 1.0})
     scorer = Scorer(config, check_models(config), WORLD)

@@ -29,8 +29,8 @@ from .types import Partials
 # Bound of the kept [rows, V] probabilities. A weight-gradient GEMM reads and writes all of dW once per row chunk, so
 # an accelerator needs about a thousand rows per chunk to be bound by arithmetic.
 ACCELERATOR_CHUNK_BYTES = 512 * 2**20
-# A CPU's GEMMs read and pack the weight once per chunk: 40 rows take about a tenth longer than 110, more gain little.
-# From LARGE_CPU_ROWS on a chunk has at most this share of the rows, so that all of a call's memory stays under a
+# A CPU's GEMMs read and pack the weight once per chunk, so few rows cost time, most of all beside a large head. From
+# LARGE_CPU_ROWS on a chunk has at most this share of the rows all the same, so that a call's memory stays about a
 # twentieth of the logits.
 CPU_CHUNK_BYTES = WORKSPACE_BYTES
 CPU_CHUNK_SHARE = 1 / 25

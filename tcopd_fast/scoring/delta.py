@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tcopd_fast.errors import UserError
-from tcopd_fast.models import resolve_path
+from tcopd_fast.models import local_folder, resolve_path
 from tcopd_fast.scoring.weights import CheckpointFolder, WeightSource
 
 DELTA_FILE = "delta.safetensors"
@@ -57,7 +57,7 @@ class Report:
 
 
 def is_delta(path: str) -> bool:
-    """Whether a model path is a folder made by `make`."""
+    """Whether a model path is a folder made by `make`; asks no hub."""
     return (Path(resolve_path(path)) / DELTA_FILE).is_file()
 
 
@@ -80,8 +80,8 @@ def make(base: str, teacher: str, out: str | Path) -> Report:
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target}: exists and is not empty; give a new folder")
-    base_files = CheckpointFolder(resolve_path(base))
-    source = Path(resolve_path(teacher))
+    base_files = CheckpointFolder(local_folder(base))
+    source = Path(local_folder(teacher))
     adapter = source / "adapter_config.json"
     stored: dict[str, Tensor] = {}
     forms: dict[str, str] = {}
@@ -116,7 +116,7 @@ def make(base: str, teacher: str, out: str | Path) -> Report:
         "scales": json.dumps(scales),
     }
     target.mkdir(parents=True, exist_ok=True)
-    for folder in (Path(resolve_path(base)), source):
+    for folder in (Path(local_folder(base)), source):
         for file in COMPANIONS:
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, target / file)
@@ -200,7 +200,7 @@ class DeltaFolder:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        file = Path(resolve_path(path)) / DELTA_FILE
+        file = Path(local_folder(path)) / DELTA_FILE
         if not file.is_file():
             raise UserError(f"{path}: no {DELTA_FILE} there; make one with `tcopd delta make BASE TEACHER OUT`")
         try:
@@ -222,7 +222,7 @@ class DeltaFolder:
 
     def require_base(self, base: str) -> None:
         """Raises UserError unless `base` holds exactly the weights this delta was made from."""
-        files = CheckpointFolder(resolve_path(base))
+        files = CheckpointFolder(local_folder(base))
         found = digest(lambda name: files.tensors([name])[name], sorted(files.names()))
         if found != self.base_sha256:
             raise UserError(
@@ -235,7 +235,7 @@ def check(path: str, base: str) -> None:
     """Rebuild every tensor from `base` and compare digests. Raises UserError when base or result differ."""
     delta = DeltaFolder(path)
     delta.require_base(base)
-    files = CheckpointFolder(resolve_path(base))
+    files = CheckpointFolder(local_folder(base))
     found = digest(lambda name: delta.rebuilder([name]).tensor(name, _stored(files, name)), sorted(delta.forms))
     if found != delta.result_sha256:
         raise UserError(

@@ -9,14 +9,11 @@ server     in other processes that answer over HTTP
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from tcopd_fast.config import Config, FrozenModelConfig, longest_sequence
@@ -137,7 +134,7 @@ class Placer:
                 f"{spec.path}: placement delta needs a folder made by `tcopd delta make BASE {spec.path} OUT`; "
                 "give OUT as its path"
             )
-        size = checkpoint_bytes(spec.path, DTYPES[dtype])
+        size = CheckpointFolder(local_folder(spec.path)).weights() * DTYPES[dtype].itemsize
         left = f"{gib(self.budget)} left for frozen models"
         if placement != "auto":
             choice = Choice(placement, "configured")
@@ -223,15 +220,6 @@ def free_memory(device: torch.device, ranks_here: int = 1) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // ranks_here
-
-
-def checkpoint_bytes(path: str, dtype: torch.dtype) -> int:
-    """Bytes of a checkpoint's weights in `dtype`, from the headers of its files."""
-    total = 0
-    for file in sorted(Path(local_folder(path)).glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
-    return total * dtype.itemsize
 
 
 def gib(size: int) -> str:

@@ -68,7 +68,11 @@ class CheckpointFolder:
 
     def dtypes(self) -> frozenset[torch.dtype]:
         """Every dtype that some tensor is stored in."""
-        return frozenset(self.tensors([name])[name].dtype for name in self.names())
+        return frozenset(t.dtype for t in self.tensors(sorted(self.names())).values())
+
+    def weights(self) -> int:
+        """Number of weights, from the files' headers."""
+        return sum(t.numel() for t in self.tensors(sorted(self.names())).values())
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """CPU tensors in their stored dtype; each file is opened once."""
@@ -162,6 +166,7 @@ class RingSlots:
         total = sum(_aligned(t.nbytes) for t in tensors.values())
         if self.buffers[slot].numel() < total:
             torch.cuda.current_stream(self.device).synchronize()
+            self.stream.synchronize()  # a copy that nobody asked for may still be filling the old buffer
             self.buffers[slot] = torch.empty(total, dtype=torch.uint8, device=self.device)
         views: dict[str, Tensor] = {}
         offset = 0
