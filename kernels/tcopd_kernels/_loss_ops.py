@@ -12,11 +12,12 @@ import torch
 
 from ._backend import load_backend, without_autocast
 from ._checks import accumulation_dtype, counted_rows
+from ._loss_grads import head_gradients
 from ._ops import CERTIFICATE, OPTIONS_SCHEMA, HeadOptions, define_operator
 from ._parallel import Shard, mass_of
 from ._rows import scatter_rows, take_rows
 from ._torch_compact import exact_certificate
-from ._torch_grads import Grads, Needs, scaled_grads
+from ._torch_grads import Grads, Needs
 from ._torch_loss import Chunks, LossPass, TokenLoss, TorchChunks, half_precision_scale, scaled_by, single_pass
 from .policy_loss import PolicyOptions, TokenTerms
 
@@ -140,19 +141,11 @@ def _two_passes(
     grads: Grads = (None, None, None)
     report = exact_certificate(0, weight.shape[0], lse) if head.grad_tol else {}
     if bounds is not None:
-        active = dlogprob.nonzero().squeeze(1)
-        rows = None if len(active) == len(hidden) else active
-        mass = None if shard is None else take_rows(mass_of(own, whole), rows)
-        operands = (take_rows(hidden, rows), weight, take_rows(targets, rows), take_rows(lse, rows))
-        grads, report = kernels.compact_backward(
-            *operands, take_rows(dlogprob if scale is None else dlogprob / scale, rows), None,
-            bias=options["bias"], temperature=head.temperature, softcap=head.softcap, needs=needs,
-            grad_tol=head.tolerance(shard), bounds=bounds, blocks=active // kernels.BOUND_ROWS, mass=mass,
+        grads, report = head_gradients(
+            kernels, hidden, weight, targets, lse, dlogprob,
+            head={name: value for name, value in options.items() if name != "entropy"}, needs=needs, scale=scale,
+            grad_tol=head.tolerance(shard), bounds=bounds, mass=None if shard is None else mass_of(own, whole),
         )  # fmt: skip
-        if scale is not None:
-            grads = scaled_grads(grads, scale, torch.float32)
-        if grads[0] is not None:
-            grads = (scatter_rows(grads[0], rows, len(hidden)), *grads[1:])
     return LossPass(loss, metrics | report, logprob, lse, token_entropy, grads)
 
 

@@ -22,10 +22,11 @@ from ._checks import (
     follow_autocast,
 )
 from ._launch_plan import LAUNCHES
+from ._loss_grads import head_gradients
 from ._rows import scatter_rows, take_rows
 from ._step_models import Model, Step, check_frozen, check_frozen_list, needed_models
 from ._torch_compact import exact_certificate
-from ._torch_grads import Grads, Needs, scaled_grads
+from ._torch_grads import Grads, Needs
 from ._torch_loss import AttachGradients, half_precision_scale
 from .advantage import NORMALIZERS, contrastive_advantage
 from .linear_logprob import linear_logprob
@@ -309,29 +310,12 @@ def _student_gradients(
     needs: Needs,
     bounds: torch.Tensor | None,
 ) -> tuple[Grads, dict[str, torch.Tensor]]:
-    """Gradients of the loss, and with grad_tol their certificate; tokens without a gradient are left out."""
-    active = dlogprob.nonzero().squeeze(1) if any(needs) else torch.zeros_like(targets[:0])
-    report = exact_certificate(len(active), len(student.weight), lse) if step.grad_tol else {}
+    """Gradients of the loss, and with grad_tol their certificate."""
     if not any(needs):
-        return (None, None, None), report
-    kernels = load_backend("triton")
-    rows = None if len(active) == len(targets) else active
-    scale = half_precision_scale(student.hidden.dtype, take_rows(step.weights, step.rows))
-    upstream = take_rows(dlogprob if scale is None else dlogprob / scale, rows)
-    operands = (take_rows(student.hidden, rows), student.weight, take_rows(targets, rows), take_rows(lse, rows))
+        return (None, None, None), exact_certificate(0, len(student.weight), lse) if step.grad_tol else {}
     head: dict[str, Any] = {"bias": student.bias, "temperature": step.temperature, "softcap": student.softcap}
-    if bounds is not None:
-        grads, report = kernels.compact_backward(
-            *operands, upstream, None, needs=needs, grad_tol=step.grad_tol, bounds=bounds,
-            blocks=active // kernels.BOUND_ROWS, **head,
-        )  # fmt: skip
-    else:
-        grads = kernels.backward(
-            *operands, None, upstream, None, None,
-            need_hidden=needs.hidden, need_weight=needs.weight, need_bias=needs.bias, **head,
-        )  # fmt: skip
-    if scale is not None:
-        grads = scaled_grads(grads, scale, torch.float32)
-    if grads[0] is not None:
-        grads = (scatter_rows(grads[0], rows, len(targets)), *grads[1:])
-    return grads, report
+    return head_gradients(
+        load_backend("triton"), student.hidden, student.weight, targets, lse, dlogprob, head=head, needs=needs,
+        scale=half_precision_scale(student.hidden.dtype, take_rows(step.weights, step.rows)),
+        grad_tol=step.grad_tol, bounds=bounds,
+    )  # fmt: skip
