@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tcopd_fast import rundir
-from tcopd_fast.config import EvalRunConfig, LoggingConfig
+from tcopd_fast.config import EvalRunConfig
 from tcopd_fast.config_io import dump_config, read_tree, validate
+from tcopd_fast.config_sections import LoggingConfig
 from tcopd_fast.data import load_eval_sets
 from tcopd_fast.dist import init_world
 from tcopd_fast.errors import UserError

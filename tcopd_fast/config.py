@@ -1,6 +1,6 @@
 """The configuration tree: typed, frozen, every key documented; unknown keys are refused.
 
-`tcopd_fast.config_io.load_config` is the way in.
+`tcopd_fast.config_io.load_config` is the way in; the sections are in `config_sections`.
 """
 
 from __future__ import annotations
@@ -9,294 +9,27 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Dtype = Literal["float32", "bfloat16"]
-JUDGES = ("math", "exact", "code")
-Placement = Literal["auto", "resident", "offload", "sharded", "delta"]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, docstrings below fields become help text."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class ModelConfig(Section):
-    """The student (and how every model is run unless it says otherwise)."""
-
-    path: str
-    """Hugging Face id, local folder, or miniature:NAME. The student starts from these weights."""
-    dtype: Dtype = "bfloat16"
-    """Compute dtype. bfloat16 keeps float32 master weights in the optimizer."""
-    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
-    """Attention over packed sequences: torch SDPA, or flash-attn's varlen kernels when that package is installed."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    trust_remote_code: bool = False
-    """Run Python code shipped with a checkpoint. Off unless you set it."""
-
-
-class ServerConfig(Section):
-    """OpenAI-compatible endpoints that score for one frozen model (`tcopd serve-teacher` starts one)."""
-
-    urls: list[str] = Field(min_length=1)
-    """Base URLs, for example http://127.0.0.1:8000/v1; requests go to them in turn, and nowhere else."""
-    model: str | None = None
-    """Name of the model there; needed when an endpoint serves several."""
-    api_key_env: str | None = None
-    """Environment variable that holds the API key."""
-    max_concurrent_requests: PositiveInt = 8
-    """Requests of one rank under way at once, over all URLs."""
-    max_tokens_per_request: PositiveInt = 16384
-    """Tokens of the sequences that share a request (one longer sequence still goes alone)."""
-    request_timeout_s: PositiveFloat = 300.0
-    """A request without an answer for this long is sent again, elsewhere if there is elsewhere."""
-    deadline_s: Annotated[float, Field(gt=0, le=1500)] = 1200.0
-    """Longest time this model may take to score one step, failures and retries included; the run stops then. Other
-    ranks wait at most 1800 s for one that scores."""
-
-
-class FrozenModelConfig(Section):
-    """A frozen model that scores sampled tokens: a teacher, or the reference."""
-
-    path: str
-    """Hugging Face id, local folder, or miniature:NAME. With placement server only its config.json and tokenizer are
-    read, to compare them with the student's."""
-    dtype: Dtype | None = None
-    """Compute dtype; the student's when unset."""
-    base: str | None = None
-    """The teacher's own pre-RL base, used in place of the reference in its log-ratio (reward correction)."""
-    placement: Placement | Literal["server"] | None = None
-    """Where its weights live; scoring.placement when unset. server: in other processes, listed under `server`. The
-    base of a server teacher is placed by scoring.placement."""
-    server: ServerConfig | None = None
-    """For placement server."""
-    delta_base: str | None = None
-    """For a folder made by `tcopd delta make`: the checkpoint it was made from; the reference when unset."""
-
-
-class PromptSourceConfig(Section):
-    """One set of prompts: a dataset id, a folder, a JSONL file or a parquet file."""
-
-    path: str
-    """Hugging Face dataset id, local folder, .jsonl or .parquet file, or miniature:NAME."""
-    name: str | None = None
-    """Configuration name of a Hugging Face dataset."""
-    split: str = "train"
-    """Split of a Hugging Face dataset or of a local dataset folder."""
-    domain: str | None = None
-    """Domain of every row; when unset it is read from the row."""
-    prompt_column: str | None = None
-    """Column with the problem text or chat messages; found by name when unset."""
-    answer_column: str | None = None
-    """Column with the reference answer; found by name when unset."""
-    domain_column: str | None = None
-    """Column with the domain; found by name when unset."""
-    limit: PositiveInt | None = None
-    """Use only the first rows."""
-
-
-class DataConfig(Section):
-    """Stage 1: prompts."""
-
-    train: list[PromptSourceConfig] = Field(min_length=1)
-    """Sources of training prompts, concatenated."""
-    shuffle: bool = True
-    """Shuffle once per epoch with the run's seed; the order does not depend on the number of ranks."""
-    max_prompt_tokens: PositiveInt = 2048
-    """Longest prompt after the chat template."""
-    overlong: Literal["drop", "refuse"] = "drop"
-    """What to do with longer prompts: drop and count them, or stop."""
-    system_prompt: str | None = None
-    """System message put before every prompt that has none."""
-    prompt_suffix: str = ""
-    """Text appended to the last user message, for example an instruction to put the answer in \\boxed{}."""
-    chat_template: bool = True
-    """Apply the student tokenizer's chat template; off tokenizes the problem text as it is."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments of apply_chat_template, for example {enable_thinking: false}."""
-
-
-class VllmConfig(Section):
-    """Settings of the in-process vLLM engine."""
-
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of GPU memory for weights and KV cache (ignored on a CPU)."""
-    kv_cache_memory_bytes: PositiveInt = 256 << 20
-    """KV cache on a CPU, in bytes (ignored on a GPU)."""
-    max_num_seqs: PositiveInt = 256
-    """Sequences decoded at once."""
-    enforce_eager: bool = False
-    """No CUDA graphs (always on a CPU)."""
-
-
-class RolloutConfig(Section):
-    """Stage 2: the student samples its own answers. Temperature is the only distribution setting; top-p,
-    top-k and penalties would make the sampler differ from the policy and are not offered."""
-
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: batched sampling with a KV cache, embedded. vllm: the vLLM engine in the same process."""
-    prompts_per_step: PositiveInt = 128
-    """Prompts per step, over all ranks."""
-    samples_per_prompt: PositiveInt = 1
-    """Responses sampled per prompt."""
-    max_new_tokens: PositiveInt = 16384
-    """Longest response."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; logprobs, scoring and loss use the same."""
-    max_batch_size: PositiveInt = 256
-    """hf: sequences decoded at once on one rank."""
-    vllm: VllmConfig = Field(default_factory=VllmConfig)
-    """vllm: engine settings."""
-
-
-class ScoringConfig(Section):
-    """Stage 3: frozen models score every sampled token."""
-
-    max_tokens_per_forward: PositiveInt = 16384
-    """Packed tokens of one scoring forward (one longer sequence still goes alone)."""
-    max_tokens_per_trip: PositiveInt = 262144
-    """Packed tokens that share one trip of an offloaded or delta model's layers through memory."""
-    placement: Placement = "auto"
-    """resident: whole on the device. offload: layers stream from disk (on a GPU from pinned host memory). sharded:
-    DeepSpeed ZeRO-3 over the ranks. delta: a difference to a base, rebuilt layer by layer. auto: delta for a delta
-    folder, else the first of resident, sharded (with several ranks) and offload that fits."""
-    shards_on_host: bool = False
-    """sharded: the shards wait in host memory."""
-    resident_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """auto: share of the free memory that resident models may take; the rest is for activations."""
-    skip_unused_reference: bool = False
-    """Do not run the reference when the signed weights make it cancel (Σλ/K = 1); its metrics vanish then."""
-    self_check_tolerance: PositiveFloat = 0.05
-    """Largest mean |Δ logprob| per token between the learner and the same weights as a frozen model, in nats."""
-
-
-class ObjectiveConfig(Section):
-    """Stages 4 and 6: contrastive reward, clipped policy loss. The defaults are the paper's."""
-
-    lambdas: dict[str, float] | dict[str, dict[str, float]]
-    """Signed coefficient per teacher, or per domain and teacher: {math: {expert: 1.5, anti: -0.5}}."""
-    normalizer: Literal["active", "count", "none"] = "active"
-    """K in (1/K) Σ λ_k(...): teachers with λ ≠ 0, all teachers, or 1."""
-    lambda_warmup_steps: NonNegativeInt = 0
-    """Negative coefficients grow linearly to their full size over this many steps."""
-    logratio_clamp: PositiveFloat | None = None
-    """Clamp of every log π_k − log π_ref, in nats."""
-    advantage_clamp: PositiveFloat | None = None
-    """Clamp of the advantage, in nats."""
-    ref_kl_coef: NonNegativeFloat = 0.0
-    """Coefficient of a KL(student ‖ reference) penalty (k3 estimator)."""
-    judge_coef: NonNegativeFloat = 0.0
-    """Coefficient of the judge's verdict, centred over the batch, added to every token's reward."""
-    clip_low: Annotated[float, Field(ge=0, lt=1)] | None = 0.2
-    """PPO clip of the ratio below 1."""
-    clip_high: NonNegativeFloat | None = 0.2
-    """PPO clip of the ratio above 1."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
-    """Bound of the ratio's effect on tokens of negative advantage."""
-    is_cap: PositiveFloat | None = 5.0
-    """Cap of the token weight exp(log π_old − log π_rollout) that corrects engine mismatch; null turns it off."""
-    aggregation: Literal["token_mean", "gopd_compat"] = "token_mean"
-    """Global mean over tokens, or mean over sequences of token means as G-OPD's scripts compute."""
-
-
-class LossConfig(Section):
-    """Stage 6: how the loss of the student's head is computed."""
-
-    grad_tol: NonNegativeFloat = 0.0
-    """Probability mass per token that the head's backward may leave out; 0 is exact. It saves time where the student
-    is sure (entropy well under 1 nat); what was left out is logged as loss/dropped_mass_mean and its neighbours."""
-
-
-class LearnerConfig(Section):
-    """Stage 7: DeepSpeed."""
-
-    zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
-    """ZeRO stage: 1 shards the optimizer, 2 gradients too, 3 weights too."""
-    lr: NonNegativeFloat = 1e-5
-    """AdamW learning rate, constant after the warm-up."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW betas."""
-    eps: PositiveFloat = 1e-8
-    """AdamW epsilon."""
-    weight_decay: NonNegativeFloat = 0.01
-    """AdamW weight decay."""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Global gradient norm is clipped to this."""
-    minibatches: PositiveInt = 1
-    """Optimizer steps per rollout batch, each on its share of the batch; above 1 the ratio is exact per token."""
-    epochs: PositiveInt = 1
-    """Passes over each rollout batch."""
-    max_tokens_per_microbatch: PositiveInt = 16384
-    """Packed tokens of one forward and backward (one longer sequence still goes alone)."""
-
-
-class EvalConfig(Section):
-    """Evaluation with the rollout engine during and after training."""
-
-    data: list[PromptSourceConfig] = Field(default_factory=list)
-    """Held-out problems; nothing is evaluated when empty."""
-    every: NonNegativeInt = 0
-    """Steps between evaluations; 0 means only before the first and after the last step."""
-    at_start: bool = True
-    """Evaluate the student before the first step."""
-    samples: PositiveInt = 1
-    """Samples per problem (k of mean@k)."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy."""
-    max_new_tokens: PositiveInt | None = None
-    """Longest response; the rollout's when unset."""
-
-
-class JudgeConfig(Section):
-    """The judge of final answers, per domain: math (math-verify in worker processes), exact (equal text), code (tests
-    in a sandbox), or module:function of your own, (response, answer) -> bool."""
-
-    default: str = "math"
-    """Judge of every domain that `domains` does not name."""
-    domains: dict[str, str] = Field(default_factory=dict)
-    """Judge per domain, for example {math: math, code: code, facts: exact, mine: mypackage.judges:grade}."""
-    code_timeout_s: PositiveFloat = 10.0
-    """code: seconds one test may take, of the clock and of the processor."""
-    code_memory_bytes: PositiveInt = 1 << 30
-    """code: address space of one test's process."""
-    timeout_s: PositiveFloat = 5.0
-    """Seconds one verdict may take before it counts as wrong."""
-    workers: PositiveInt = 1
-    """Worker processes per rank."""
-
-
-class CheckpointConfig(Section):
-    """Checkpoints: model, optimizer, position in the data."""
-
-    every: NonNegativeInt = 0
-    """Steps between checkpoints; 0 keeps only the one after the last step."""
-    keep_last: PositiveInt = 2
-    """Older checkpoints are deleted."""
-
-
-class LoggingConfig(Section):
-    """What a person sees. metrics.jsonl is always written."""
-
-    tensorboard: bool = True
-    """Write TensorBoard event files under RUN/tensorboard."""
-    wandb_project: str | None = None
-    """Log to this Weights & Biases project (needs the wandb package)."""
-    token_samples: NonNegativeInt = 4
-    """Responses per step whose per-token advantages are kept for the report."""
+from tcopd_fast.config_sections import (
+    JUDGES,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    FrozenModelConfig,
+    JudgeConfig,
+    LearnerConfig,
+    LoggingConfig,
+    LossConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PositiveInt,
+    RolloutConfig,
+    ScoringConfig,
+    Section,
+)
 
 
 class Config(Section):

@@ -79,7 +79,7 @@ def _walk(section: type[BaseModel], prefix: str) -> list[tuple[str, str, str, st
             rows += _walk(field.annotation, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
-        annotation = str(field.annotation).replace("typing.", "").replace("tcopd_fast.config.", "")
+        annotation = str(field.annotation).replace("typing.", "").replace("tcopd_fast.config_sections.", "")
         if isinstance(field.annotation, type):
             annotation = field.annotation.__name__
         rows.append((prefix + name, annotation, default, " ".join((field.description or "").split())))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tcopd_fast import miniature
-from tcopd_fast.config import DataConfig, PromptSourceConfig
+from tcopd_fast.config_sections import DataConfig, PromptSourceConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.types import Prompt
 

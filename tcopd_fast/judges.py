@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tcopd_fast import sandbox
-from tcopd_fast.config import JudgeConfig
+from tcopd_fast.config_sections import JudgeConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.types import Prompt, Rollout
 from tcopd_fast.verify import Judge, boxed_answer

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from tcopd_fast.config import LoggingConfig
+from tcopd_fast.config_sections import LoggingConfig
 from tcopd_fast.errors import UserError
 
 STAGES = ("data", "rollout", "scoring", "reward", "batch", "loss", "learner", "weight_sync")

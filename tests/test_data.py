@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tcopd_fast.config import DataConfig, PromptSourceConfig
+from tcopd_fast.config_sections import DataConfig, PromptSourceConfig
 from tcopd_fast.data import PromptSet, batch_for_step, load_eval_sets, load_prompts
 from tcopd_fast.errors import UserError
 from tcopd_fast.types import Prompt

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcopd_fast.config import JudgeConfig
+from tcopd_fast.config_sections import JudgeConfig
 from tcopd_fast.evaluate import bootstrap_intervals, evaluate, merge, pass_at, summarize, write_samples
 from tcopd_fast.judges import Judges
 from tcopd_fast.types import Prompt, Rollout

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tcopd_fast import sandbox
-from tcopd_fast.config import JudgeConfig
+from tcopd_fast.config_sections import JudgeConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.judges import CodeJudge, ExactJudge, Judges, code_tests, program_of
 from tcopd_fast.types import Prompt, Rollout

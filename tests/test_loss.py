@@ -9,7 +9,7 @@ import torch
 from test_reward import config_with
 from tiny import make_model
 
-from tcopd_fast.config import LossConfig
+from tcopd_fast.config_sections import LossConfig
 from tcopd_fast.loss import policy_loss
 from tcopd_fast.models import PackedCausalLM
 from tcopd_fast.packing import PACKED_SDPA, pack

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tcopd_fast import monitor
-from tcopd_fast.config import LoggingConfig
+from tcopd_fast.config_sections import LoggingConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.monitor import (
     STAGES,

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from tcopd_fast import serve_teacher
 from tcopd_fast.cli import main
-from tcopd_fast.config import ServerConfig
 from tcopd_fast.config_io import dump_config
+from tcopd_fast.config_sections import ServerConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import ModelSet, check_models
 from tcopd_fast.scoring import Scorer, server

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tcopd_fast.config import RolloutConfig, VllmConfig
+from tcopd_fast.config_sections import RolloutConfig, VllmConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.miniature.tokenizer import make_tokenizer
 from tcopd_fast.types import Prompt, Rollout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tcopd_fast.config import ModelConfig, RolloutConfig
+from tcopd_fast.config_sections import ModelConfig, RolloutConfig
 from tcopd_fast.rollout import RolloutEngine
 
 

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tcopd_fast.config import RolloutConfig
+from tcopd_fast.config_sections import RolloutConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import resolve_path
 from tcopd_fast.types import Prompt, Rollout

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tcopd_fast.config import Config, FrozenModelConfig
+from tcopd_fast.config import Config
+from tcopd_fast.config_sections import FrozenModelConfig
 from tcopd_fast.dist import World
 from tcopd_fast.models import ModelSet, resolve_path
 from tcopd_fast.reward import reference_cancels, reference_ever_needed

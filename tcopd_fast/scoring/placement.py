@@ -16,7 +16,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from tcopd_fast.config import Config, FrozenModelConfig, longest_sequence
+from tcopd_fast.config import Config, longest_sequence
+from tcopd_fast.config_sections import FrozenModelConfig
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import DTYPES, ModelSet, load_causal_lm, load_model_config, local_folder, text_config

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tcopd_fast.config import ServerConfig
+from tcopd_fast.config_sections import ServerConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import PROBE_TEXT, ModelSet, first_line
 from tcopd_fast.packing import split_by_tokens
