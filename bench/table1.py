@@ -85,11 +85,21 @@ class Launcher:
 
 
 def train_all(runs: Sequence[Run], steps: int, limit: int | None, jobs: int, launcher: Launcher) -> dict[str, str]:
-    """Start or continue every unfinished run, `jobs` at a time; returns run name -> what went wrong."""
+    """`train_runs` with this table's configuration."""
     shared = shared_overrides(steps, limit)
+    return train_runs(runs, steps, lambda run, state: train_command(run, state, shared), jobs, launcher)
+
+
+def train_runs(
+    runs: Sequence[Run], steps: int, command_of: Callable[[Run, str], Sequence[str]], jobs: int, launcher: Launcher
+) -> dict[str, str]:
+    """Start or continue every unfinished run, `jobs` at a time; returns run name -> what went wrong.
+
+    command_of(run, state) is the command that starts ("new") or continues ("partial") a run.
+    """
 
     def train(run: Run, state: str) -> str | None:
-        status = launcher(train_command(run, state, shared), run.log)
+        status = launcher(command_of(run, state), run.log)
         if status:
             return f"exit status {status}"
         return None if run_state(run, steps) == "finished" else f"ended before step {steps}"
@@ -112,13 +122,18 @@ def evaluate_all(out: Path, runs: Sequence[Run], steps: int, limit: int | None, 
     ]
     finished = [run for run in runs if run_state(run, steps) == "finished"]
     wanted += [Job(run.name, run.final, run.seed, steps, limit, run_dir=run.folder) for run in finished]
+    return run_evaluations(wanted, evaluate_job, jobs)
+
+
+def run_evaluations(wanted: Sequence[Any], evaluate: Callable[[Any], float], jobs: int) -> dict[str, str]:
+    """Call `evaluate` on every job (name, out) whose `out` is missing, in `jobs` processes; returns what went wrong."""
     pending = [job for job in wanted if not job.out.exists()]
     print(f"final evaluation: {len(wanted) - len(pending)} of {len(wanted)} are there, {jobs} at a time", flush=True)
     if not pending:
         return {}
     # Spawned: forked copies of a process that has used torch's threads can hang.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(evaluate_job, job): job.name for job in pending}
+        futures = {pool.submit(evaluate, job): job.name for job in pending}
         return _watch(pool, futures, lambda: None, lambda accuracy: None)
 
 
@@ -241,14 +256,23 @@ def write_outputs(table: dict[str, Any], outputs: Outputs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    return guarded(_make, _parser().parse_args(argv))
+
+
+def guarded(make: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """`make(arguments)` with one thread per process, one message per user error, and no run left behind."""
+    for name in ("seeds", "steps", "jobs", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            print(f"error: --{name} {value}: must be at least 1", file=sys.stderr)
+            return 2
     # Several processes share the cores; and with one thread the numbers do not depend on how many there are.
     os.environ["OMP_NUM_THREADS"] = "1"
     # The runs have process groups of their own, so whatever ends this process has to end them too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
-        return _make(arguments)
+        return make(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -259,10 +283,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make(arguments: argparse.Namespace) -> int:
     out, problems = Path(arguments.out), {}
-    for name in ("seeds", "steps", "jobs", "limit"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
     runs = plan(out, arguments.seeds)
     recipe = read_recipe(out) if arguments.only_report else make_recipe(arguments.steps, arguments.limit)
     outputs = choose_outputs(arguments, recipe["steps"], recipe["limit"])

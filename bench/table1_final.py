@@ -7,7 +7,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,30 @@ class Job:
 
 def evaluate_job(job: Job) -> float:
     """Evaluate and write job.out, whole or not at all; returns accuracy at T=1."""
-    config = table_config(job.steps, job.limit)
+    with checkpoint_of(job) as model:
+        results = evaluate_checkpoint(table_config(job.steps, job.limit), model, job.seed)
+    write_results(job, results)
+    return results["t1"]["mean_at_k"]
+
+
+@contextlib.contextmanager
+def checkpoint_of(job: Job) -> Iterator[str]:
+    """The job's model as a folder or name that loads; a run's last checkpoint stays exported while this is open."""
+    if job.run_dir is None:
+        yield job.model
+        return
     with tempfile.TemporaryDirectory() as folder:
-        model = job.model
-        if job.run_dir is not None:
-            # DeepSpeed's conversion reports its progress, which says nothing about this table.
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                run_export(job.run_dir, Path(folder) / "student", job.steps)
-            model = str(Path(folder) / "student")
-        results = evaluate_checkpoint(config, model, job.seed)
+        # DeepSpeed's conversion reports its progress, which says nothing about this table.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            run_export(job.run_dir, Path(folder) / "student", job.steps)
+        yield str(Path(folder) / "student")
+
+
+def write_results(job: Job, results: dict[str, Any]) -> None:
+    """Write job.out with the environment beside the results, whole or not at all."""
     job.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"environment": rundir.environment(job.seed), "results": results}
     rundir.write_atomically(job.out, json.dumps(record, indent=1) + "\n")
-    return results["t1"]["mean_at_k"]
 
 
 def evaluate_checkpoint(config: Config, model: str, seed: int) -> dict[str, dict[str, Any]]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tcopd_fast import miniature
+from tcopd_fast.checkpoints import checkpoint_steps
 from tcopd_fast.config import Config
 from tcopd_fast.config_io import load_config
 from tcopd_fast.errors import UserError
 from tcopd_fast.report.collect import load_runs
-from tcopd_fast.rundir import checkpoint_steps, write_atomically
+from tcopd_fast.rundir import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
@@ -171,10 +172,10 @@ def run_state(run: Run, steps: int) -> str:
     return "finished" if steps in checkpoint_steps(run.folder) and steps in evaluated else "partial"
 
 
-def train_command(run: Run, state: str, shared: Sequence[str]) -> list[str]:
+def train_command(run: Run, state: str, shared: Sequence[str], config: Path = CONFIG) -> list[str]:
     """The `tcopd train` command that starts or continues a run on one rank."""
     command = [sys.executable, "-m", "tcopd_fast.cli", "train", "--ranks", "1"]
     if state == "partial":
         return [*command, "--resume", str(run.folder)]
     own = [f"run_dir={run.folder}", f"seed={run.seed}", *run.row.overrides()]
-    return [*command, "--config", str(CONFIG), *shared, *own]
+    return [*command, "--config", str(config), *shared, *own]

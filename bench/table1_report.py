@@ -85,7 +85,7 @@ def markdown(table: Mapping[str, Any], figure: str, results: str) -> str:
     cells += [_row_cells(row) for row in table["rows"]]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     link = f"![Accuracy on held-out problems against training steps]({figure})"
-    return "\n".join([*lines, "", _legend(table), "", _provenance(table, results), "", link])
+    return "\n".join([*lines, "", _legend(table), "", provenance(table, results), "", link])
 
 
 def _baseline_cells(entry: Mapping[str, Any]) -> list[str]:
@@ -102,19 +102,21 @@ def _row_cells(row: Mapping[str, Any]) -> list[str]:
     accuracy = {
         name: percent_pm(row["metrics"][name]["mean"], row["metrics"][name]["standard_error"]) for name in ACCURACIES
     }
-    numbers = [_plus_minus(row["metrics"][name], digits) for name, digits in (("length", 1), ("kl_expert", 3))]
+    numbers = [plus_minus(row["metrics"][name], digits) for name, digits in (("length", 1), ("kl_expert", 3))]
     weights = [fixed(row["lambdas"][name], 1) for name in ("expert", "anti_expert")]
     normalizer = {None: "either", "none": "no", "active": "yes"}[row["normalizer"]]
-    lead = [row["label"], *weights, normalizer, accuracy["t1"], _difference(row["difference"].get("t1"))]
+    lead = [row["label"], *weights, normalizer, accuracy["t1"], difference(row["difference"].get("t1"))]
     return [*lead, accuracy["t07"], accuracy["greedy"], *numbers]
 
 
-def _plus_minus(entry: Mapping[str, Any], digits: int) -> str:
+def plus_minus(entry: Mapping[str, Any], digits: int) -> str:
+    """`mean ± standard error` of a `mean_and_error`."""
     error = entry["standard_error"]
     return fixed(entry["mean"], digits) + ("" if error is None else f" ± {fixed(error, digits)}")
 
 
-def _difference(entry: Mapping[str, Any] | None) -> str:
+def difference(entry: Mapping[str, Any] | None) -> str:
+    """A `mean_and_error` of differences of shares, in percentage points with its sign."""
     if entry is None:
         return MISSING
     error = entry["standard_error"]
@@ -135,7 +137,8 @@ def _legend(table: Mapping[str, Any]) -> str:
     )
 
 
-def _provenance(table: Mapping[str, Any], results: str) -> str:
+def provenance(table: Mapping[str, Any], results: str) -> str:
+    """Device, threads, versions, commits, steps, seeds, date, command and a link to every number, as one paragraph."""
     environments = [record["environment"] for record in table["runs"]]
     versions = environments[0]["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in SHOWN_PACKAGES if name in versions)
@@ -157,23 +160,23 @@ def _distinct(environments: Sequence[Mapping[str, Any]], key: str) -> str:
     return " and ".join(dict.fromkeys(str(environment[key]) for environment in environments))
 
 
-def check_markers(readme: Path) -> str:
+def check_markers(readme: Path, begin: str = BEGIN, end: str = END) -> str:
     """The README's text. Raises UserError unless both markers are there once and in order."""
     if not readme.is_file():
         raise UserError(f"--readme {readme}: no such file; name the README, or give --readme '' to write none")
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(
-            f"--readme {readme}: needs the line {BEGIN} once and the line {END} once after it; add them where the "
+            f"--readme {readme}: needs the line {begin} once and the line {end} once after it; add them where the "
             "table belongs, or give --readme '' to write none"
         )
     return text
 
 
-def replace_block(text: str, block: str) -> str:
+def replace_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with everything between the markers replaced by `block`."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n{block}\n{END}", text, count=1)
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{block}\n{end}", text, count=1)
 
 
 def link_from(readme: Path, target: Path) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tcopd_fast import __version__
@@ -85,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "Write a run's student as a Hugging Face folder.")
     export.add_argument("run_dir", metavar="RUN")
     export.add_argument("--out", default=None, metavar="DIR", help="default: RUN/export")
-    export.add_argument("--step", type=int, default=None, help="checkpoint step (default: the newest)")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, default=None, help="checkpoint step (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
 
     delta = command("delta", _delta, "Store a teacher as a lossless difference to a base, or verify one.")
     actions = delta.add_subparsers(dest="action", required=True, metavar="make|check")
@@ -93,11 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "base", metavar="BASE", help="checkpoint that will be there anyway: folder, hub id, miniature:NAME"
     )
-    make.add_argument("teacher", metavar="TEACHER", help="checkpoint of the same shapes, or a LoRA adapter folder")
+    make.add_argument("teacher", metavar="TEACHER", help="checkpoint of the same shapes")
     make.add_argument("out", metavar="OUT", help="new folder; it stands wherever a teacher's path does")
     verify = actions.add_parser("check", help="rebuild every tensor and compare it with what was recorded")
     verify.add_argument("path", metavar="DELTA")
     verify.add_argument("base", metavar="BASE")
+
+    _add_plan(command)
 
     serve = command(
         "serve-teacher", _serve_teacher, "Serve a frozen model with vLLM, for teachers of placement server."
@@ -122,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     miniature.add_argument("--out", default="runs/miniature", metavar="DIR")
     miniature.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_plan(command: Callable[..., argparse.ArgumentParser]) -> None:
+    from tcopd_fast.plan.command import add_arguments, run
+
+    add_arguments(command("plan", run, "Predict memory and time of a run on given GPUs, and recommend placements."))
 
 
 def positive_int(text: str) -> int:
@@ -151,6 +163,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from tcopd_fast import rundir
     from tcopd_fast.trainer import read_inputs
 
+    rundir.check_free(config.run_dir)
     if not arguments.resume:
         rundir.check_new(config)
     ranks = arguments.ranks or default_ranks()
@@ -195,7 +208,34 @@ def launch(ranks: int, words: Sequence[str]) -> int:
     if (root / "kernels" / "tcopd_kernels").is_dir():
         paths = [str(root), str(root / "kernels"), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return subprocess.run([*launcher, "--module", "tcopd_fast.train", *words], env=environment, check=False).returncode
+    # In a session of their own: the launchers answer a signal by killing the ranks, so it must not reach them.
+    runner = subprocess.Popen(
+        [*launcher, "--module", "tcopd_fast.train", *words], env=environment, start_new_session=True
+    )
+    return _wait_passing_signals(runner)
+
+
+def _wait_passing_signals(runner: subprocess.Popen) -> int:
+    """The launcher's exit status; signals that come meanwhile go to the ranks, which save a checkpoint and end."""
+    import psutil
+
+    def pass_on(number: int, frame: object) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may just have ended
+            outer = psutil.Process(runner.pid)
+            ranks = [rank for inner in outer.children() for rank in inner.children()]
+            for process in ranks or [*outer.children(), outer]:
+                process.send_signal(signal.SIGTERM)
+
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signals.append(signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in signals}
+    try:
+        status = runner.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -238,7 +278,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from tcopd_fast.commands import run_export
 
-    return run_export(Path(arguments.run_dir), Path(arguments.out) if arguments.out else None, arguments.step)
+    out = Path(arguments.out) if arguments.out else None
+    return run_export(Path(arguments.run_dir), out, arguments.step, arguments.best)
 
 
 def _delta(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-from tcopd_fast import rundir
+from tcopd_fast import checkpoints, rundir
 from tcopd_fast.config import EvalRunConfig
 from tcopd_fast.config_io import dump_config, read_tree, validate
 from tcopd_fast.config_sections import LoggingConfig
@@ -23,7 +23,6 @@ from tcopd_fast.dist import init_world
 from tcopd_fast.errors import UserError
 from tcopd_fast.evaluate import evaluate, write_samples
 from tcopd_fast.judges import Judges
-from tcopd_fast.learner import TAG
 from tcopd_fast.models import (
     DTYPES,
     PackedCausalLM,
@@ -76,7 +75,7 @@ def run_eval(
         max_model_len=longest,
         vocab_size=None,
         seed=config.seed,
-        device=world.device,
+        world=world,
     )
     log = MetricsLog(out, LoggingConfig(tensorboard=False), resume_step=-1)
     with Judges(config.judge) as judges, Progress(1) as progress:
@@ -161,17 +160,23 @@ def _score(
     return out
 
 
-def run_export(run_dir: Path, out: Path | None, step: int | None) -> int:
-    """Write a checkpoint's student as a plain Hugging Face folder (safetensors) that transformers and vLLM load."""
+def run_export(run_dir: Path, out: Path | None, step: int | None, best: bool = False) -> int:
+    """Write a checkpoint's student as a plain Hugging Face folder (safetensors) that transformers and vLLM load.
+
+    step: which; without it the one with the best evaluation (best) or the newest.
+    """
     config = rundir.open_run(run_dir)
-    steps = rundir.checkpoint_steps(run_dir)
-    chosen = step if step is not None else (steps[-1] if steps else None)
+    steps = checkpoints.checkpoint_steps(run_dir)
+    newest = steps[-1] if steps else None
+    chosen = step if step is not None else checkpoints.best_step(run_dir) if best else newest
+    if best and chosen is None:
+        raise UserError(f"{run_dir}: no checkpoint was evaluated; set checkpoint.keep_best, or give --step")
     if chosen not in steps:
         raise UserError(f"{run_dir}: no checkpoint at step {chosen}; there are {steps or 'none'}")
     folder = out or run_dir / "export"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder}: not empty; give another folder")
-    weights = _checkpoint_weights(rundir.checkpoint_dir(run_dir, chosen), config.learner.zero_stage)
+    weights = _checkpoint_weights(checkpoints.checkpoint_dir(run_dir, chosen), config.learner.zero_stage)
     model = AutoModelForCausalLM.from_pretrained(
         resolve_path(config.model.path),
         dtype=DTYPES[config.model.dtype],
@@ -201,10 +206,10 @@ def _checkpoint_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor
     if zero_stage == 3:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoints.FILES)
     else:
         # DeepSpeed's own file; it holds more than tensors, which is why resuming and exporting need a trusted run.
-        file = folder / TAG / "mp_rank_00_model_states.pt"
+        file = folder / checkpoints.FILES / "mp_rank_00_model_states.pt"
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from tcopd_fast.config_sections import (
     JUDGES,
@@ -30,6 +30,9 @@ from tcopd_fast.config_sections import (
     ScoringConfig,
     Section,
 )
+
+# Validation context of a run that is to happen on another machine, so that no optional package is needed here.
+ELSEWHERE = "elsewhere"
 
 
 class Config(Section):
@@ -69,7 +72,7 @@ class Config(Section):
     """Logs."""
 
     @model_validator(mode="after")
-    def _combinations(self) -> Config:
+    def _combinations(self, info: ValidationInfo) -> Config:
         for name in self.teachers:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "reference":
                 raise ValueError(f"teachers.{name}: name a teacher with letters, digits, _ and -, and not `reference`")
@@ -89,10 +92,12 @@ class Config(Section):
                 f"{self.rollout.prompts_per_step}; every optimizer step needs a prompt"
             )
         _check_sampling(self.rollout, self.eval)
+        _check_engines(self.rollout, self.objective)
         _check_servers(self)
-        _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
-        _need("flash_attn", self.model.attention == "flash_attention_2", "model.attention=flash_attention_2")
-        _need("wandb", self.logging.wandb_project is not None, "logging.wandb_project")
+        if info.context != ELSEWHERE:
+            _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
+            _need("flash_attn", self.model.attention == "flash_attention_2", "model.attention=flash_attention_2")
+            _need("wandb", self.logging.wandb_project is not None, "logging.wandb_project")
         return self
 
     def lambda_tables(self) -> dict[str | None, dict[str, float]]:
@@ -165,6 +170,34 @@ def _check_sampling(rollout: RolloutConfig, evaluation: EvalConfig) -> None:
     for key, value in (("rollout.temperature", rollout.temperature), ("eval.temperature", evaluation.temperature)):
         if value and not 0.01 <= value <= 2.0:
             raise ValueError(f"{key}={value}: the vllm engine samples between 0.01 and 2; use rollout.engine=hf")
+
+
+def _check_engines(rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
+    """Engines in processes of their own, as far as it can be seen before any is started."""
+    apart = rollout.engine == "vllm" and rollout.vllm.mode == "server"
+    if rollout.staleness and not apart:
+        raise ValueError(
+            f"rollout.staleness={rollout.staleness}: only an engine in a process of its own generates while the "
+            "learner works; set rollout.engine=vllm rollout.vllm.mode=server"
+        )
+    if rollout.staleness and objective.is_cap is None:
+        raise ValueError(
+            f"rollout.staleness={rollout.staleness} with objective.is_cap=null: samples of older weights would count "
+            "as the present policy's; set a cap"
+        )
+    settings = rollout.vllm.server
+    if apart and settings.gpus:
+        if len(settings.gpus) != settings.engines:
+            raise ValueError(
+                f"rollout.vllm.server.gpus names GPUs for {len(settings.gpus)} engines, "
+                f"rollout.vllm.server.engines={settings.engines}; give one list per engine"
+            )
+        flat = [gpu for gpus in settings.gpus for gpu in gpus]
+        if len(set(flat)) != len(flat) or {len(gpus) for gpus in settings.gpus} != {settings.tensor_parallel_size}:
+            raise ValueError(
+                f"rollout.vllm.server.gpus={settings.gpus}: give each engine {settings.tensor_parallel_size} GPUs of "
+                "its own (rollout.vllm.server.tensor_parallel_size)"
+            )
 
 
 def _check_servers(config: Config) -> None:

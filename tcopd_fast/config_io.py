@@ -14,18 +14,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from tcopd_fast.config import Config, nearest
+from tcopd_fast.config import ELSEWHERE, Config, nearest
 from tcopd_fast.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, installed: bool = True) -> Config:
     """Read a YAML file, apply `a.b.c=value` overrides, validate.
 
+    installed: the optional packages that the run needs must be installed here.
     Raises UserError listing every unknown key (with the nearest valid one), wrong type and impossible combination.
     """
-    return validate(read_tree(path, overrides), Config)
+    return validate(read_tree(path, overrides), Config, None if installed else ELSEWHERE)
 
 
 def read_tree(path: str | Path | None, overrides: Sequence[str] = (), defaults: Any = None) -> Any:
@@ -50,10 +51,10 @@ def read_tree(path: str | Path | None, overrides: Sequence[str] = (), defaults: 
         raise UserError(f"config: {' '.join(str(error).split())}") from error
 
 
-def validate(tree: Any, schema: type[S]) -> S:
+def validate(tree: Any, schema: type[S], context: str | None = None) -> S:
     """Validate a plain tree against a section; raises UserError as `load_config` does."""
     try:
-        return schema.model_validate(tree)
+        return schema.model_validate(tree, context=context)
     except ValidationError as error:
         lines = [_explain(item, schema) for item in error.errors()]
         raise UserError("config refused:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from error

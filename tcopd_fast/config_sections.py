@@ -63,19 +63,27 @@ class FrozenModelConfig(Section):
     """A frozen model that scores sampled tokens: a teacher, or the reference."""
 
     path: str
-    """Hugging Face id, local folder, or miniature:NAME. With placement server only its config.json and tokenizer are
-    read, to compare them with the student's."""
+    """Hugging Face id, local folder (a delta or a peft LoRA adapter, too), or miniature:NAME. With placement server only
+    its config.json and tokenizer are read, to compare them with the student's."""
     dtype: Dtype | None = None
     """Compute dtype; the student's when unset."""
     base: str | None = None
     """The teacher's own pre-RL base, used in place of the reference in its log-ratio (reward correction)."""
     placement: Placement | Literal["server"] | None = None
     """Where its weights live; scoring.placement when unset. server: in other processes, listed under `server`. The
-    base of a server teacher is placed by scoring.placement."""
+    base of a server teacher is placed by scoring.placement, and a LoRA adapter is where its base is."""
     server: ServerConfig | None = None
     """For placement server."""
     delta_base: str | None = None
-    """For a folder made by `tcopd delta make`: the checkpoint it was made from; the reference when unset."""
+    """For a folder made by `tcopd delta make` or a LoRA adapter: the checkpoint it builds on; the reference when
+    unset."""
+
+    def own_base(self) -> FrozenModelConfig | None:
+        """The model of `base`, if there is one; it lives where this one does, unless that is a server."""
+        if self.base is None:
+            return None
+        placement = None if self.placement == "server" else self.placement
+        return FrozenModelConfig(path=self.base, dtype=self.dtype, placement=placement)
 
 
 class PromptSourceConfig(Section):
@@ -104,6 +112,9 @@ class DataConfig(Section):
 
     train: list[PromptSourceConfig] = Field(min_length=1)
     """Sources of training prompts, concatenated."""
+    domain_weights: dict[str, NonNegativeFloat] | None = Field(default=None, min_length=1)
+    """Domain -> relative share of every step's prompts: {math: 3, code: 1}; 0 leaves a domain out. Unset: prompts come
+    as often as they occur in the sources."""
     shuffle: bool = True
     """Shuffle once per epoch with the run's seed; the order does not depend on the number of ranks."""
     max_prompt_tokens: PositiveInt = 2048
@@ -120,9 +131,36 @@ class DataConfig(Section):
     """Extra arguments of apply_chat_template, for example {enable_thinking: false}."""
 
 
-class VllmConfig(Section):
-    """Settings of the in-process vLLM engine."""
+class VllmServerConfig(Section):
+    """vLLM engines in processes of their own, which the first rank starts on its machine."""
 
+    engines: PositiveInt = 1
+    """Engines; prompts are spread over them."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs of one engine."""
+    gpus: list[list[NonNegativeInt]] = Field(default_factory=list)
+    """GPU numbers of each engine, for example [[6], [7]]; needed on a machine with GPUs, and not the learner's."""
+    start_timeout_s: PositiveFloat = 900.0
+    """An engine that does not answer for this long after its start is given up."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """A response that takes longer means that its engine hangs: it is killed and started again."""
+    bucket_bytes: PositiveInt = 256 << 20
+    """Weights travel to the engines in pieces of this size."""
+    max_restarts: NonNegativeInt = 5
+    """Engines started again in one run before it stops."""
+    options: str = ""
+    """More options for vLLM's server, as on its command line; they win."""
+
+
+class VllmConfig(Section):
+    """Settings of the vLLM engine."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """colocate: in every rank's process, on its device. server: in processes of their own, see `server`."""
+    server: VllmServerConfig = Field(default_factory=VllmServerConfig)
+    """mode server: the processes."""
+    sleep: bool = True
+    """colocate on a GPU: weights and KV cache leave it while the teachers score and the learner works."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of GPU memory for weights and KV cache (ignored on a CPU)."""
     kv_cache_memory_bytes: PositiveInt = 256 << 20
@@ -147,6 +185,9 @@ class RolloutConfig(Section):
     """Longest response."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; logprobs, scoring and loss use the same."""
+    staleness: NonNegativeInt = 0
+    """Batches that are generated ahead while the learner works, so the weight syncs that may lie between a sample and
+    its update; 0 is strictly on-policy. Above 0 needs engine vllm in mode server."""
     max_batch_size: PositiveInt = 256
     """hf: sequences decoded at once on one rank."""
     vllm: VllmConfig = Field(default_factory=VllmConfig)
@@ -189,6 +230,10 @@ class ObjectiveConfig(Section):
     """Clamp of the advantage, in nats."""
     ref_kl_coef: NonNegativeFloat = 0.0
     """Coefficient of a KL(student ‖ reference) penalty (k3 estimator)."""
+    alarm_negative_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.9
+    """Warn when the teachers with λ < 0 make up more than this share of |advantage| (docs/safety.md); null never does."""
+    alarm_entropy_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
+    """Warn when the entropy falls below this share of the first step's; null never does."""
     judge_coef: NonNegativeFloat = 0.0
     """Coefficient of the judge's verdict, centred over the batch, added to every token's reward."""
     clip_low: Annotated[float, Field(ge=0, lt=1)] | None = 0.2
@@ -234,6 +279,10 @@ class LearnerConfig(Section):
     """Passes over each rollout batch."""
     max_tokens_per_microbatch: PositiveInt = 16384
     """Packed tokens of one forward and backward (one longer sequence still goes alone)."""
+    max_skipped_steps: PositiveInt = 5
+    """So many optimizer steps in a row skipped for a gradient that is not finite end the run with a diagnosis.json."""
+    rank_timeout_s: PositiveFloat = 1800.0
+    """Longest wait of a rank for another: for its start, its rollouts, its scoring."""
 
 
 class EvalConfig(Section):
@@ -277,7 +326,11 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 0
     """Steps between checkpoints; 0 keeps only the one after the last step."""
     keep_last: PositiveInt = 2
-    """Older checkpoints are deleted."""
+    """The newest so many are kept, older ones deleted; the disk must hold one more while it is written."""
+    keep_best: NonNegativeInt = 0
+    """Those of the best so many evaluations are kept as well, and saved where `every` would not."""
+    best_of: str | None = None
+    """Evaluation set whose mean@k says what is best; the mean over all sets when unset."""
 
 
 class LoggingConfig(Section):

@@ -1,4 +1,4 @@
-"""Stage 1, data: rows of a dataset become chat-templated prompts, and every step knows its prompts.
+"""Stage 1, data: rows of a dataset become chat-templated prompts (`order` says which of them a step takes).
 
 Column names are found by looking for the usual ones (case does not matter, a dot reaches into a mapping); the
 configuration can name them instead. Known layouts: verl (`prompt` as chat messages, `reward_model.ground_truth`,
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from tcopd_fast import miniature
 from tcopd_fast.config_sections import DataConfig, PromptSourceConfig
@@ -104,23 +102,6 @@ def load_prompts(
     return PromptSet(tuple(prompts), len(questions) - len(prompts))
 
 
-def batch_for_step(prompts: Sequence[Prompt], step: int, size: int, *, seed: int, shuffle: bool) -> list[Prompt]:
-    """Return the `size` prompts of `step` (counted from 0), over all ranks.
-
-    Epochs follow each other without a gap: a batch may end one epoch and begin the next, and every prompt comes
-    once per epoch. With `shuffle` each epoch has its own permutation, drawn from (seed, epoch). The result depends
-    on the arguments alone, so a resumed run needs only its step number.
-    """
-    n_prompts = len(prompts)
-    start = step * size
-    batch: list[Prompt] = []
-    for epoch in range(start // n_prompts, (start + size - 1) // n_prompts + 1):
-        order = _epoch_order(n_prompts, epoch, seed) if shuffle else range(n_prompts)
-        first, last = max(start - epoch * n_prompts, 0), min(start + size - epoch * n_prompts, n_prompts)
-        batch += [prompts[i] for i in order[first:last]]
-    return batch
-
-
 def load_eval_sets(
     sources: Sequence[PromptSourceConfig], tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> dict[str, tuple[Prompt, ...]]:
@@ -141,12 +122,6 @@ def load_eval_sets(
                 f"answer, the first is {unanswered[0]!r}; set answer_column or remove those rows"
             )
     return sets
-
-
-def _epoch_order(n_prompts: int, epoch: int, seed: int) -> np.ndarray:
-    # NumPy promises equal raw bits across versions, but not an equal Generator.permutation.
-    keys = np.random.PCG64(np.random.SeedSequence([seed % 2**64, epoch])).random_raw(n_prompts)
-    return np.argsort(keys, kind="stable")
 
 
 # Sources: everything becomes a _Table.

@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+class PeerError(UserError):
+    """Another rank met the error and has reported it; this one only ends."""

@@ -6,9 +6,10 @@ intervals resample problems, never samples. Letters: B problems, k samples of ea
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,24 @@ def bootstrap_intervals(values: np.ndarray, seed: int) -> np.ndarray:
     means_RM = counts_RB @ values / n_problems
     tail = (1 - CONFIDENCE) / 2
     return np.quantile(means_RM, [tail, 1 - tail], axis=0).T
+
+
+def accuracy_change(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What a run has gained and lost on one set, as shares: {"change", "forgetting"}.
+
+    change: mean_at_k minus that of the evaluation at step 0, None when there was none. forgetting: the best mean_at_k
+    up to this evaluation minus this one, so 0 when this one is the best (Chaudhry et al., 2018). `earlier` may hold
+    any records; those of the same set, temperature and k count.
+    """
+    same = [r for r in earlier if all(r[key] == record[key] for key in ("set", "temperature", "k"))]
+    means = {r["step"]: r["mean_at_k"] for r in [*same, record]}
+    now = record["mean_at_k"]
+    return {"change": now - means[0] if 0 in means else None, "forgetting": max(means.values()) - now}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of an eval.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_samples(evaluation: Evaluation, path: Path) -> None:

@@ -6,12 +6,14 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tcopd_fast.checkpoints import FILES, FileSum, write_file
 from tcopd_fast.config import Config
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
@@ -21,8 +23,6 @@ from tcopd_fast.monitor import StageClock
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.types import Batch, Rollout
 
-TAG = "deepspeed"
-
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -31,7 +31,8 @@ class UpdateResult:
     sums: summable loss metrics of this rank (tcopd_kernels.tcopd_policy_loss names, plus loss and entropy sums).
     maxima: the metrics named *_max on this rank. old_logprobs: float32 [L] per rollout of this rank, the learner's
     own before its first optimizer step on that rollout. grad_norm: of the last optimizer step, before clipping.
-    skipped: optimizer steps not taken because the gradient was not finite.
+    skipped: optimizer steps not taken because the gradient was not finite; skipped_in_a_row: the last so many, those
+    of earlier batches included. weights_finite: whether all weights are finite after the update.
     """
 
     sums: dict[str, float]
@@ -40,6 +41,8 @@ class UpdateResult:
     grad_norm: float
     lr: float
     skipped: int
+    skipped_in_a_row: int
+    weights_finite: bool
 
 
 class Learner:
@@ -51,6 +54,7 @@ class Learner:
         self.config = config
         self.world = world
         self.steps_taken = 0
+        self.skipped_in_a_row = 0
         settings = deepspeed_config(config)
         with _sharded_loading(settings, config.learner.zero_stage):
             lm = load_causal_lm(
@@ -116,11 +120,22 @@ class Learner:
                     lr = self._set_lr()
                     self.engine.step()
                     self.steps_taken += 1
-                    skipped += not self.engine.was_step_applied()
+                    applied = self.engine.was_step_applied()
+                    skipped += not applied
+                    self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         norm = self.engine.get_global_grad_norm()
         # DeepSpeed has no norm, or a stale one, for a step it skipped.
         grad_norm = float("nan") if norm is None or not self.engine.was_step_applied() else float(norm)
-        return UpdateResult(sums, maxima, [old[i] for i in range(rollouts)], grad_norm, lr, skipped)
+        return UpdateResult(
+            sums,
+            maxima,
+            [old[i] for i in range(rollouts)],
+            grad_norm,
+            lr,
+            skipped,
+            self.skipped_in_a_row,
+            self.weights_finite(),
+        )
 
     def _forward_backward(self, batch: Batch, old: dict[int, Tensor], clock: StageClock) -> dict[str, float]:
         device = self.world.device
@@ -154,6 +169,21 @@ class Learner:
             group["lr"] = self.config.learner.lr * scale
         return self.config.learner.lr * scale
 
+    @torch.no_grad()
+    def weights_finite(self) -> bool:
+        """Whether every weight is finite; under ZeRO-3 every rank looks at its shards. A collective."""
+        extremes: list[Tensor] = []
+        for parameter in self.lm.parameters():
+            shard = getattr(parameter, "ds_tensor", parameter).detach().flatten()
+            if hasattr(parameter, "ds_numel"):
+                # The last shards are padded with whatever was in memory.
+                own = parameter.ds_numel - self.world.rank * shard.numel()
+                shard = shard[: max(0, own)]
+            if shard.numel():
+                extremes += shard.aminmax()
+        finite = bool(torch.stack(extremes).isfinite().all()) if extremes else True
+        return self.world.max({"broken": float(not finite)})["broken"] == 0
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every parameter, tied ones once; gathered singly under ZeRO-3."""
         for name, parameter in self.lm.model.named_parameters():
@@ -167,16 +197,34 @@ class Learner:
 
         return deepspeed.zero.GatheredParameters(parameters)
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer and counters into `folder`. A collective: every rank calls it."""
+    def save(self, folder: Path) -> dict[str, FileSum]:
+        """Write model, optimizer and counters into `folder`; the sums of this rank's files. A collective.
+
+        Raises OSError after the last collective, so that a rank with a full disk leaves no other waiting.
+        """
+        sums: dict[str, FileSum] = {}
+        errors: list[OSError] = []
+
+        def write(state_dict: Any, path: str) -> None:
+            try:
+                sums[str(Path(path).relative_to(folder))] = write_file(Path(path), partial(torch.save, state_dict))
+            except OSError as error:
+                errors.append(error)
+
+        self.engine.checkpoint_engine.save = write
+        # A script of DeepSpeed's beside the files; `tcopd export` does what it does.
+        self.engine._copy_recovery_script = lambda folder: None
         # Under a key of our own: DeepSpeed keeps counters of its own beside the client state.
         state = {"tcopd": {"steps_taken": self.steps_taken}}
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        self.engine.save_checkpoint(str(folder), tag=FILES, client_state=state, save_latest=False)
+        if errors:
+            raise errors[0]
+        return sums
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, at the same number of ranks. Raises UserError when it cannot be read."""
         try:
-            path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+            path, state = self.engine.load_checkpoint(str(folder), tag=FILES)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"checkpoint {folder}: damaged ({first_line(error)}); delete it to resume from the one before"

@@ -36,14 +36,37 @@ def step_metrics(
     for name in config.teachers:
         metrics |= _teacher_metrics(config, world, domains, name, rewarded, update.old_logprobs)
     metrics |= _reward_metrics(config, world, rewarded, update.old_logprobs)
+    if len(domains) > 1:
+        metrics |= _domain_metrics(config, world, domains, rewarded, update.old_logprobs)
     counts = world.sum({"tokens": float(sum(len(r.reward) for r in rewarded))})
     metrics["batch/tokens"] = counts["tokens"]
     metrics["batch/microbatches"] = float(sum(len(batches) for batches in minibatches))
-    metrics |= _loss_metrics(world, update, config.learner.minibatches * config.learner.epochs)
+    metrics |= _loss_metrics(config, world, update)
     metrics["learner/grad_norm"] = update.grad_norm
     metrics["learner/lr"] = update.lr
     metrics["learner/skipped_steps"] = float(update.skipped)
     return metrics
+
+
+def routing_metrics(
+    config: Config, world: World, needs: Mapping[Any, Sequence[int]], rewarded: Sequence[RewardedRollout]
+) -> dict[str, float]:
+    """What λ = 0 saved in this step's scoring. A collective.
+
+    needs: indices of the samples that every distinct frozen model scored. A forward runs over prompt and response, so
+    the share routed away counts both.
+    """
+    lengths = [len(item.scored.rollout.prompt.token_ids) + len(item.scored.rollout.token_ids) for item in rewarded]
+    sums = world.sum(
+        {name: float(sum(bool(item.lambdas[name]) for item in rewarded)) for name in config.teachers}
+        | {
+            ".samples": float(len(rewarded)),
+            ".pairs": float(len(needs) * sum(lengths)),
+            ".scored": float(sum(lengths[i] for indices in needs.values() for i in indices)),
+        }
+    )
+    shares = {f"scoring/{name}/sample_share": _mean(sums[name], sums[".samples"]) for name in config.teachers}
+    return shares | {"scoring/routed_away_share": 1.0 - _mean(sums[".scored"], sums[".pairs"])}
 
 
 def token_samples(
@@ -56,11 +79,10 @@ def token_samples(
         teachers = {}
         for name, value in item.lambdas.items():
             if value:
-                ratio = log_ratio(item, name, old_logprob)
                 teachers[name] = {
                     "lambda": value,
-                    "logratio": ratio,
-                    "contribution": _clamped(config, ratio) * value / normalizer_count(config, item.lambdas),
+                    "logratio": log_ratio(item, name, old_logprob),
+                    "contribution": contribution(config, item, name, old_logprob),
                 }
         records.append(
             {
@@ -79,9 +101,14 @@ def token_samples(
     return records
 
 
+def full_advantage(item: RewardedRollout, old_logprob: Tensor) -> Tensor:
+    """A = r − (log π_old − log π_ref) before any clamp of it: float32 [L]."""
+    return item.reward - (old_logprob - item.ref_logprob)
+
+
 def advantage_of(config: Config, item: RewardedRollout, old_logprob: Tensor) -> Tensor:
     """A = r − (log π_old − log π_ref), clamped as configured: float32 [L]."""
-    advantage = item.reward - (old_logprob - item.ref_logprob)
+    advantage = full_advantage(item, old_logprob)
     clamp = config.objective.advantage_clamp
     return advantage if clamp is None else advantage.clamp(-clamp, clamp)
 
@@ -102,9 +129,12 @@ def log_ratio(item: RewardedRollout, teacher: str, old_logprob: Tensor) -> Tenso
     return item.scored.teacher_logprobs[teacher] - base
 
 
-def _clamped(config: Config, ratio: Tensor) -> Tensor:
+def contribution(config: Config, item: RewardedRollout, teacher: str, old_logprob: Tensor) -> Tensor:
+    """(λ_k/K)·(log π_k − log π_ref), clamped as configured: what one teacher adds to the advantage, float32 [L]."""
+    ratio = log_ratio(item, teacher, old_logprob)
     clamp = config.objective.logratio_clamp
-    return ratio if clamp is None else ratio.clamp(-clamp, clamp)
+    ratio = ratio if clamp is None else ratio.clamp(-clamp, clamp)
+    return ratio * item.lambdas[teacher] / normalizer_count(config, item.lambdas)
 
 
 def _mean(total: float, count: float) -> float:
@@ -203,7 +233,39 @@ def _reward_metrics(
     }
 
 
-def _loss_metrics(world: World, update: UpdateResult, optimizer_steps: int) -> dict[str, float]:
+def _domain_metrics(
+    config: Config,
+    world: World,
+    domains: Sequence[str],
+    rewarded: Sequence[RewardedRollout],
+    old: Sequence[Tensor],
+) -> dict[str, float]:
+    """`<metric>/<domain>` for every domain that has a sample in this step."""
+    members: dict[str, list[int]] = {domain: [] for domain in domains}
+    for i, item in enumerate(rewarded):
+        members[item.scored.rollout.prompt.domain].append(i)
+    sums = world.sum(
+        {f"samples/{domain}": float(len(own)) for domain, own in members.items()}
+        | {f"tokens/{domain}": float(sum(len(old[i]) for i in own)) for domain, own in members.items()}
+        | {f"logprob/{domain}": float(sum(old[i].double().sum() for i in own)) for domain, own in members.items()}
+    )
+    samples, tokens = (sum(sums[f"{part}/{domain}"] for domain in domains) for part in ("samples", "tokens"))
+    metrics: dict[str, float] = {}
+    for domain, own in members.items():
+        values = _rollout_metrics(world, [rewarded[i] for i in own])
+        values |= _reward_metrics(config, world, [rewarded[i] for i in own], [old[i] for i in own])
+        del values["rollout/version"]
+        values["data/share"] = _mean(sums[f"samples/{domain}"], samples)
+        values["batch/token_share"] = _mean(sums[f"tokens/{domain}"], tokens)
+        # Sampled tokens follow the student, so their mean surprise estimates its entropy.
+        values["loss/entropy_estimate"] = _mean(-sums[f"logprob/{domain}"], sums[f"tokens/{domain}"])
+        if sums[f"samples/{domain}"]:
+            metrics |= {f"{key}/{domain}": value for key, value in values.items()}
+    return metrics
+
+
+def _loss_metrics(config: Config, world: World, update: UpdateResult) -> dict[str, float]:
+    optimizer_steps = config.learner.minibatches * config.learner.epochs
     sums: Mapping[str, float] = world.sum(update.sums)
     maxima = world.max(update.maxima)
     count = sums["token_count"]
@@ -218,6 +280,8 @@ def _loss_metrics(world: World, update: UpdateResult, optimizer_steps: int) -> d
         "loss/mismatch_weight_mean": _mean(sums["is_weight_sum"], count),
         "loss/mismatch_capped_fraction": _mean(sums["is_capped_count"], count),
     }
+    if config.objective.ref_kl_coef:
+        metrics["loss/ref_kl"] = _mean(sums["ref_kl_sum"], count)
     if "column_sum" in sums:
         rows = sums["grad_row_count"]
         metrics |= {

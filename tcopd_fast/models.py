@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tcopd_fast import miniature
 from tcopd_fast.config import Config
+from tcopd_fast.config_sections import FrozenModelConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.packing import PACKED_SDPA
 from tcopd_fast.types import PackedTokens
@@ -24,6 +25,8 @@ from tcopd_fast.types import PackedTokens
 disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The file that makes a folder a peft adapter.
+ADAPTER_CONFIG = "adapter_config.json"
 PROBE_TEXT = "$x_1=-3.5$; \\boxed{12}\n\n def f(n): return n # π"
 
 
@@ -111,6 +114,11 @@ def local_folder(path: str) -> str:
         ) from error
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a model path is a folder with a peft adapter; asks no hub."""
+    return (Path(resolve_path(path)) / ADAPTER_CONFIG).is_file()
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; UserError naming the path when it has none or cannot be read."""
     try:
@@ -122,7 +130,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_model_config(path: str, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's config.json; refuses heads whose logits are more than softcap(linear)."""
+    """The checkpoint's config.json; refuses adapters, and heads whose logits are more than softcap(linear)."""
+    if is_adapter(path):
+        raise UserError(
+            f"model {path}: is a LoRA adapter, which can only be a teacher or the reference of a training run; "
+            "merge it into a checkpoint (peft: merge_and_unload)"
+        )
     try:
         config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -183,19 +196,20 @@ def check_models(config: Config) -> ModelSet:
     Differently padded vocabularies are fine as long as every tokenizer id has a row.
     """
     trust = config.model.trust_remote_code
+    student = load_model_config(config.model.path, trust)
     tokenizer = load_tokenizer(config.model.path, trust)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.path {config.model.path}: its tokenizer has no eos_token, so a response could never end"
         )
-    student = load_model_config(config.model.path, trust)
     rows = {"model.path": text_config(student).vocab_size}
     positions = [max_positions(student)]
-    for field, path in frozen_paths(config):
-        other = load_model_config(path, trust)
+    for field, spec in frozen_models(config):
+        other = load_model_config(described_by(config, spec), trust)
         rows[field] = text_config(other).vocab_size
         positions.append(max_positions(other))
-        check_tokenizer(field, path, tokenizer, load_tokenizer(path, trust))
+        source = tokenizer_source(config, spec)
+        check_tokenizer(field, source, tokenizer, load_tokenizer(source, trust))
     for field, size in rows.items():
         if size < len(tokenizer):
             raise UserError(
@@ -211,14 +225,32 @@ def max_positions(config: Any) -> int:
     return getattr(text_config(config), "max_position_embeddings", None) or 1 << 30
 
 
-def frozen_paths(config: Config) -> Iterable[tuple[str, str]]:
-    """(config key, path) of the reference, every teacher and every teacher's base."""
+def frozen_models(config: Config) -> Iterable[tuple[str, FrozenModelConfig]]:
+    """(config key of its path, model) of the reference, every teacher and every teacher's own base."""
     if config.reference is not None:
-        yield "reference.path", config.reference.path
+        yield "reference.path", config.reference
     for name, teacher in config.teachers.items():
-        yield f"teachers.{name}.path", teacher.path
-        if teacher.base is not None:
-            yield f"teachers.{name}.base", teacher.base
+        yield f"teachers.{name}.path", teacher
+        if own_base := teacher.own_base():
+            yield f"teachers.{name}.base", own_base
+
+
+def base_path(config: Config, spec: FrozenModelConfig) -> str:
+    """The checkpoint that a delta or an adapter builds on: its delta_base, else the reference's (or the student's)."""
+    if spec.delta_base is not None or config.reference is None or spec is config.reference:
+        return spec.delta_base or config.model.path
+    return config.reference.path
+
+
+def described_by(config: Config, spec: FrozenModelConfig) -> str:
+    """The path whose config.json describes a frozen model: an adapter has its base's."""
+    return base_path(config, spec) if is_adapter(spec.path) else spec.path
+
+
+def tokenizer_source(config: Config, spec: FrozenModelConfig) -> str:
+    """The path with a frozen model's tokenizer: an adapter's own if it has one, else its base's."""
+    own = (Path(resolve_path(spec.path)) / "tokenizer_config.json").is_file()
+    return spec.path if own else described_by(config, spec)
 
 
 def check_tokenizer(field: str, path: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:

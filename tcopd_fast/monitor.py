@@ -333,11 +333,13 @@ def format_eval(record: Mapping[str, Any]) -> str:
     if record.get("standard_error") is not None:
         accuracy += f" ± {_number(record['standard_error'], '.3f')}"
     parts.append(accuracy)
-    columns = (
+    # Before the first step both are 0 by definition.
+    columns = [("change", "change", "+.3f"), ("forgotten", "forgetting", ".3f")] if record["step"] else []
+    columns += [
         (f"pass@{k}", "pass_at_k", ".3f"),
         ("length", "response_length_mean", ".1f"),
         ("truncated", "truncation_rate", ".3f"),
-    )
+    ]
     for label, key, spec in columns:
         if record.get(key) is not None:
             parts.append(f"{label} {_number(record[key], spec)}")

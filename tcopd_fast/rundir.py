@@ -1,22 +1,27 @@
-"""The run directory: configuration, environment, checkpoints."""
+"""The run directory: configuration, environment, and who may write to it."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
-import re
-import shutil
+import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from tcopd_fast import checkpoints
 from tcopd_fast.config import Config
 from tcopd_fast.config_io import dump_config, read_tree, validate
 from tcopd_fast.dist import World
@@ -34,6 +39,10 @@ PACKAGES = (
     "flash-attn",
     "math-verify",
 )
+LOCK = "run.lock"
+SHARED_WAIT_S = 10.0
+# What decides which prompt comes when, and what the optimizer's state belongs to.
+FIXED = ("seed", "data", "rollout.prompts_per_step", "model.path", "model.dtype", "learner.zero_stage")
 
 
 def check_new(config: Config) -> None:
@@ -60,21 +69,154 @@ def create(config: Config) -> None:
         ) from error
 
 
-def record_resume(config: Config) -> None:
-    """Keep the configuration the run goes on with, and add this start to environment.json."""
+def record_resume(config: Config) -> list[str]:
+    """Keep the configuration the run goes on with, and add this start to environment.json; a line per changed key."""
     folder = Path(config.run_dir)
+    changed = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes(open_run(folder), config).items()]
     write_atomically(folder / "config.yaml", dump_config(config))
     first = json.loads((folder / "environment.json").read_text())
     first.setdefault("resumed", []).append(environment(config.seed))
     write_atomically(folder / "environment.json", json.dumps(first, indent=1) + "\n")
+    return changed
 
 
 def open_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of an existing run with overrides, its run_dir being where it lies now."""
+    """The configuration of an existing run with overrides, its run_dir being where it lies now.
+
+    Raises UserError for an override that would change the data order or what the checkpoints fit.
+    """
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: not a run directory (no config.yaml); give the folder of an earlier run")
-    return validate({**read_tree(file, overrides), "run_dir": str(run_dir)}, Config)
+    config = validate({**read_tree(file, overrides), "run_dir": str(run_dir)}, Config)
+    for key, (before, after) in changes(open_run(run_dir), config).items() if overrides else ():
+        if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+            raise UserError(
+                f"{key}: the run began with {before!r} and cannot go on with {after!r}: its data order and its "
+                f"checkpoints depend on it; leave it, or begin a new run from `tcopd export {run_dir}`"
+            )
+    return config
+
+
+def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys that differ, with both values; run_dir aside."""
+    old, new = (_flat(config.model_dump(mode="json", exclude={"run_dir"})) for config in (before, after))
+    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+@contextmanager
+def opened(config: Config, world: World, prompts: str, resume: bool) -> Iterator[int]:
+    """Hold the run directory, make or reopen the run, and give the step to go on from. A collective.
+
+    prompts: fingerprint of the training prompts. Raises UserError when the folder is taken, not shared by all ranks,
+    or holds no run that these settings can continue.
+    """
+    lock = RunLock(config.run_dir)
+    try:
+        token = world.on_main(lock.take)
+        check_shared(config.run_dir, world, token)
+        if not resume:
+            world.on_main(lambda: create(config))
+            yield 0
+            return
+        start = checkpoints.resume_from(config, world, prompts, print)
+        for line in world.on_main(lambda: record_resume(config)):
+            if world.is_main:
+                print(f"changed since the run began: {line}")
+        yield start
+    finally:
+        lock.release()
+
+
+class RunLock:
+    """The right to write to a run directory, from `take` to `release` or the end of the process.
+
+    A POSIX record lock on RUN/run.lock: the kernel drops it with the process, however that ends, and forked children do
+    not share it. Opening the file again in the same process and closing it would drop it too.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._folder = Path(run_dir)
+        self._file: IO[str] | None = None
+
+    def take(self) -> str:
+        """Take the lock, making the folder if need be; a token now written in it. Raises UserError when it is taken."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"run_dir {self._folder}: cannot be written ({error.strerror}); give another run_dir"
+            ) from error
+        _lock(self._file, self._folder)
+        token = secrets.token_hex(8)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now(), "token": token}
+        self._file.truncate(0)
+        self._file.write(json.dumps(holder) + "\n")
+        self._file.flush()
+        return token
+
+    def release(self) -> None:
+        """Let others have it, if it was taken."""
+        if self._file is not None:
+            self._file.close()
+
+
+def check_free(run_dir: str | Path) -> None:
+    """Refuse a run_dir that a running process writes to. Raises UserError."""
+    file = Path(run_dir) / LOCK
+    if file.exists():
+        with file.open("a+", encoding="utf-8") as stream:
+            _lock(stream, Path(run_dir))
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            warnings.warn(
+                f"run_dir {folder}: its file system has no locks ({error.strerror}); see to it that only one run "
+                "writes there",
+                stacklevel=3,
+            )
+            return
+        holder = _holder(folder)
+        raise UserError(
+            f"run_dir {folder}: in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}, running since "
+            f"{holder.get('started', '?')}; stop that run first, or give another run_dir"
+        ) from error
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / LOCK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def check_shared(run_dir: str | Path, world: World, token: str) -> None:
+    """Refuse a run directory where some rank does not see the token that rank 0's lock wrote. A collective."""
+    deadline = time.monotonic() + SHARED_WAIT_S  # a network file system may show a new file late
+    seen = world.is_main  # which must not open its own lock file
+    while not seen and time.monotonic() < deadline:
+        seen = _holder(Path(run_dir)).get("token") == token
+        time.sleep(0.0 if seen else 0.2)
+    where = f"rank {world.rank} on {socket.gethostname()} ({Path(run_dir).absolute()})"
+    blind = [place for place in world.gather(None if seen else where) if place is not None]
+    if blind:
+        raise UserError(
+            f"run_dir {run_dir}: what rank 0 writes there is not seen by {', '.join(blind[:4])}"
+            f"{f' and {len(blind) - 4} more' if len(blind) > 4 else ''}; checkpoints need one folder that all machines "
+            "share: give an absolute path on a shared file system"
+        )
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
@@ -93,8 +235,12 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "seed": seed,
         # Paths inside the source tree are given relative to it: where a clone lies is nobody's business.
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace(f"{SOURCE}{os.sep}", ""),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def device_name() -> str:
@@ -130,51 +276,3 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def checkpoint_steps(run_dir: str | Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending."""
-    folder = Path(run_dir) / "checkpoints"
-    matches = [re.fullmatch(r"step_(\d+)", p.name) for p in folder.glob("step_*") if (p / "trainer.json").is_file()]
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def checkpoint_dir(run_dir: str | Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps."""
-    return Path(run_dir) / "checkpoints" / f"step_{step:06d}"
-
-
-def save_checkpoint(config: Config, world: World, step: int, save: Callable[[Path], None]) -> None:
-    """Write a checkpoint beside its final place and move it there when every rank is done; drop old ones.
-
-    `save(folder)` is called on every rank. A crash at any moment leaves the earlier checkpoints whole.
-    """
-    final = checkpoint_dir(config.run_dir, step)
-    partial = final.with_name(final.name + ".partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
-    save(partial)
-    world.barrier()
-    if world.is_main:
-        write_atomically(partial / "trainer.json", json.dumps({"step": step, "world_size": world.size}))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in checkpoint_steps(config.run_dir)[: -config.checkpoint.keep_last]:
-            shutil.rmtree(checkpoint_dir(config.run_dir, old))
-    world.barrier()
-
-
-def latest_checkpoint(config: Config, world: World) -> int:
-    """Step of the newest complete checkpoint, 0 when there is none. Raises UserError for another world size."""
-    steps = checkpoint_steps(config.run_dir)
-    if not steps:
-        return 0
-    size = json.loads((checkpoint_dir(config.run_dir, steps[-1]) / "trainer.json").read_text())["world_size"]
-    if size != world.size:
-        raise UserError(
-            f"{checkpoint_dir(config.run_dir, steps[-1])}: written by {size} ranks, resumed with {world.size}; "
-            f"start {size} ranks"
-        )
-    return steps[-1]

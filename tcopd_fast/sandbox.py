@@ -17,6 +17,7 @@ import ctypes
 import os
 import platform
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def _seccomp(libc: ctypes.CDLL) -> None:
 
 def _main() -> None:
     folder, cpu_s, memory_bytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a trainer that is asked to stop still wants its verdicts
     try:
         confine(folder, cpu_s, memory_bytes)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,10 @@ from collections.abc import Sequence
 from tcopd_fast.arguments import parse
 from tcopd_fast.config import Config
 from tcopd_fast.config_io import config_help, dump_config, load_config
-from tcopd_fast.errors import UserError
+from tcopd_fast.errors import PeerError, UserError
+from tcopd_fast.stop import Stop
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The deepspeed launcher adds --local_rank unless told not to; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parse(parser, argv)
+    stop = Stop()
+    stop.listen()
     try:
         config = resolve(arguments)
         if arguments.print_config:
@@ -56,11 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tcopd_fast.trainer import train
 
-        train(config, resume=bool(arguments.resume))
+        train(config, resume=bool(arguments.resume), stop=stop)
+    except PeerError:
+        return 2
     except UserError as error:
         # A rank can meet an error of its own, so none is silent.
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(
+            f"error: {error.filename or config.run_dir}: {error.strerror}; make room, then continue with "
+            f"`tcopd train --resume {config.run_dir}`",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

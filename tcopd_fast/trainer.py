@@ -7,30 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tcopd_fast import evaluate, rundir
+from tcopd_fast import checkpoints, evaluate, rundir
+from tcopd_fast.alarm import Alarms, advantage_shares, first_entropy
 from tcopd_fast.batch import build_minibatches, shard
 from tcopd_fast.config import Config, longest_sequence
-from tcopd_fast.data import batch_for_step, load_eval_sets, load_prompts
+from tcopd_fast.data import load_eval_sets, load_prompts
+from tcopd_fast.diagnosis import in_words, non_finite, write_diagnosis
 from tcopd_fast.dist import World, init_world
-from tcopd_fast.errors import UserError
+from tcopd_fast.errors import PeerError, UserError
 from tcopd_fast.judges import Judges
-from tcopd_fast.learner import Learner
-from tcopd_fast.metrics import step_metrics, token_samples
+from tcopd_fast.learner import Learner, UpdateResult
+from tcopd_fast.metrics import routing_metrics, step_metrics, token_samples
 from tcopd_fast.models import ModelSet, check_models
 from tcopd_fast.monitor import MetricsLog, Progress, StageClock
+from tcopd_fast.order import batch_for_step, weighted_prompts
 from tcopd_fast.reward import compute_reward, lambdas_at
 from tcopd_fast.rollout import RolloutEngine
 from tcopd_fast.rollout.build import build_engine
-from tcopd_fast.scoring import Scorer
-from tcopd_fast.types import Prompt, Rollout, ScoredRollout
-from tcopd_fast.weight_sync import sync_weights
+from tcopd_fast.scoring import ModelKey, Scorer
+from tcopd_fast.scoring.lora import check_adapters
+from tcopd_fast.stop import Stop, StopRequested
+from tcopd_fast.types import Prompt, RewardedRollout, Rollout, ScoredRollout
+from tcopd_fast.weight_sync import LearnerWeights, sync_weights
+
+if TYPE_CHECKING:
+    # Engines in processes of their own need vllm.
+    from tcopd_fast.rollout.ahead import Ahead
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class Inputs:
     domains: tuple[str, ...]
     eval_sets: Mapping[str, tuple[Prompt, ...]]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the training prompts: a run resumes only with the data it began with."""
+        return checkpoints.fingerprint(self.prompts)
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -54,11 +69,14 @@ class Parts:
     world: World
     learner: Learner
     engine: RolloutEngine
+    ahead: Ahead | None
     scorer: Scorer
     judges: Judges
     clock: StageClock
     log: MetricsLog
     progress: Progress
+    alarms: Alarms
+    stop: Stop
 
 
 def read_inputs(config: Config, world_size: int = 1) -> Inputs:
@@ -68,8 +86,10 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: fewer than the {world_size} ranks; raise it"
         )
     models = check_models(config)
-    prompts = load_prompts(config.data.train, models.tokenizer, config.data)
-    domains = tuple(sorted({prompt.domain for prompt in prompts.prompts}))
+    check_adapters(config)
+    loaded = load_prompts(config.data.train, models.tokenizer, config.data)
+    prompts = weighted_prompts(loaded.prompts, config.data.domain_weights)
+    domains = tuple(sorted({prompt.domain for prompt in prompts}))
     tables = config.lambda_tables()
     if None not in tables and set(domains) - set(tables):
         unknown = sorted(set(domains) - set(tables))[0]
@@ -79,32 +99,37 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
         )
     sets = load_eval_sets(config.eval.data, models.tokenizer, config.data)
     with Judges(config.judge) as judges:
-        judges.check(chain(prompts.prompts, *sets.values()))
+        judges.check(chain(prompts, *sets.values()))
     longest = longest_sequence(config)
     if longest > models.max_position_embeddings:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: the models hold "
             f"{models.max_position_embeddings} positions; lower one of them"
         )
-    return Inputs(models, prompts.prompts, prompts.dropped_overlong, domains, sets)
+    checkpoints.check(config.checkpoint, sets)
+    return Inputs(models, prompts, loaded.dropped_overlong, domains, sets)
 
 
-def train(config: Config, resume: bool = False) -> None:
-    """Run or continue a training run. Every rank calls it."""
-    world = init_world()
+def train(config: Config, resume: bool = False, stop: Stop | None = None) -> None:
+    """Run or continue a training run, until it is done or `stop` says so. Every rank calls it."""
+    world = init_world(config.learner.rank_timeout_s)
     inputs = read_inputs(config, world.size)
-    start = rundir.latest_checkpoint(config, world) if resume else 0
-    if world.is_main:
-        rundir.record_resume(config) if resume else rundir.create(config)
-    world.barrier()
-    with _assemble(config, inputs, world, start, resume) as run:
+    with (
+        world.watching_ranks(),
+        rundir.opened(config, world, inputs.fingerprint, resume) as start,
+        _assemble(config, inputs, world, start, resume, stop or Stop()) as run,
+    ):
         parts = run.parts
         parts.progress.message(describe(config, inputs, parts, start))
         for line in parts.scorer.placements():
             parts.progress.message(f"scoring by {line}")
+        if routing := parts.scorer.routing(inputs.domains):
+            parts.progress.message(f"routing by λ: {routing}")
         if start == 0 and config.eval.at_start:
             evaluate_now(config, inputs, parts, step=0)
         for step in range(start, config.steps):
+            if run.stopped(step):
+                break
             clock = parts.clock
             with clock.stage("data"):
                 prompts = shard(prompts_of_step(config, inputs, step), world)
@@ -114,7 +139,9 @@ def train(config: Config, resume: bool = False) -> None:
                     for _ in range(config.rollout.samples_per_prompt)
                 ]
             with clock.stage("rollout"):
-                rollouts = generate(config, parts, prompts, seed=sampling_seed(config.seed, step))
+                rollouts = generate(config, parts, prompts, step)
+            if run.stopped(step):
+                break
             with clock.stage("scoring"):
                 old = parts.learner.logprobs(rollouts) if needs_old_logprobs(config) else None
                 scored = parts.scorer.score(rollouts, lambdas, old)
@@ -129,12 +156,15 @@ def train(config: Config, resume: bool = False) -> None:
             if step == 0:
                 run.self_check(scored, update.old_logprobs)
             metrics = step_metrics(config, world, inputs.domains, rewarded, minibatches, update)
+            metrics |= routing_metrics(config, world, parts.scorer.needs(lambdas), rewarded)
+            metrics |= advantage_shares(config, world, rewarded, update.old_logprobs)
             metrics |= {"data/dropped_overlong": inputs.dropped_overlong, "weight_sync/version": version}
             decode = inputs.models.tokenizer.decode
             samples = token_samples(
                 config, step + 1, rewarded, update.old_logprobs, decode, config.logging.token_samples
             )
             run.report_step(step + 1, metrics, samples)
+            run.check_finite(step + 1, metrics, rewarded, update)
             run.finish_step(step + 1)
 
 
@@ -161,7 +191,12 @@ def sampling_seed(seed: int, step: int) -> int:
 def prompts_of_step(config: Config, inputs: Inputs, step: int) -> list[Prompt]:
     """The step's prompts over all ranks; a prompt met twice in one step gets its own id, hence its own samples."""
     chosen = batch_for_step(
-        inputs.prompts, step, config.rollout.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+        inputs.prompts,
+        step,
+        config.rollout.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        weights=config.data.domain_weights,
     )
     seen: dict[str, int] = {}
     out = []
@@ -171,16 +206,27 @@ def prompts_of_step(config: Config, inputs: Inputs, step: int) -> list[Prompt]:
     return out
 
 
-def generate(config: Config, parts: Parts, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-    """Sample this rank's responses, showing how many are done."""
-    return parts.engine.generate(
-        prompts,
-        samples=config.rollout.samples_per_prompt,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        seed=seed,
-        on_finished=counter(parts.progress, "rollout", len(prompts) * config.rollout.samples_per_prompt),
-    )
+def generate(config: Config, parts: Parts, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    """This rank's responses of a step, showing how many are done; none when this rank is asked to stop meanwhile."""
+    count = counter(parts.progress, "rollout", len(prompts) * config.rollout.samples_per_prompt)
+
+    def finished(rollout: Rollout) -> None:
+        count(rollout)
+        parts.stop.check()
+
+    try:
+        if parts.ahead is not None:
+            return parts.ahead.take(step, finished)
+        return parts.engine.generate(
+            prompts,
+            samples=config.rollout.samples_per_prompt,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            seed=sampling_seed(config.seed, step),
+            on_finished=finished,
+        )
+    except StopRequested:
+        return []
 
 
 def mean_verdict(world: World, correct: Sequence[bool | None]) -> float:
@@ -190,9 +236,10 @@ def mean_verdict(world: World, correct: Sequence[bool | None]) -> float:
     return sums["correct"] / sums["judged"] if sums["judged"] else 0.0
 
 
-def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> None:
-    """Evaluate every held-out set with the current student; records and samples are written by rank 0."""
+def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> dict[str, float]:
+    """Evaluate every held-out set with the current student: mean@k of each, on rank 0, which writes the records."""
     world = parts.world
+    means: dict[str, float] = {}
     for name, prompts in inputs.eval_sets.items():
         mine = shard(prompts, world)
         local = evaluate.evaluate(
@@ -218,9 +265,12 @@ def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> Non
             **merged.summary(),
             "reverse_kl": kl,
         }
+        record |= evaluate.accuracy_change(record, evaluate.read_records(Path(config.run_dir) / "eval.jsonl"))
         evaluate.write_samples(merged, Path(config.run_dir) / "eval" / f"step_{step:06d}_{name}.parquet")
         parts.log.log_eval(record)
         parts.progress.evaluation(record)
+        means[name] = record["mean_at_k"]
+    return means
 
 
 def counter(progress: Progress, label: str, total: int) -> Callable[[Rollout], None]:
@@ -243,10 +293,13 @@ def reverse_kl(config: Config, parts: Parts, rollouts: Sequence[Rollout]) -> dic
     """
     if config.eval.temperature == 0:
         return {}
-    out = {}
-    for role, key in parts.scorer.roles.items():
-        if role.endswith(".base") and role.removesuffix(".base") in config.teachers:
-            continue
+    wanted = {
+        role: key
+        for role, key in parts.scorer.roles.items()
+        if not (role.endswith(".base") and role.removesuffix(".base") in config.teachers)
+    }
+    kl: dict[ModelKey, float] = {}
+    for key in dict.fromkeys(wanted.values()):
         scores = parts.scorer.logprobs(key, rollouts, range(len(rollouts)), config.eval.temperature)
         sums = parts.world.sum(
             {
@@ -254,8 +307,8 @@ def reverse_kl(config: Config, parts: Parts, rollouts: Sequence[Rollout]) -> dic
                 "tokens": float(sum(len(r.token_ids) for r in rollouts)),
             }
         )
-        out[role] = sums["kl"] / sums["tokens"]
-    return out
+        kl[key] = sums["kl"] / sums["tokens"]
+    return {role: kl[key] for role, key in wanted.items()}
 
 
 class _Run:
@@ -265,6 +318,7 @@ class _Run:
         self.config = config
         self.inputs = inputs
         self.parts = parts
+        self.failed_saves = 0
 
     def __enter__(self) -> _Run:
         return self
@@ -278,6 +332,9 @@ class _Run:
     def report_step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """Log one step; times and memory are the slowest and largest over the ranks."""
         metrics |= self.parts.world.max(self.parts.clock.collect())
+        flags, warnings = self.parts.alarms.check(step, metrics)
+        metrics |= flags
+        metrics["learner/failed_saves"] = self.failed_saves
         self.parts.log.log_tokens(samples)
         self.parts.log.log(step, metrics)
         self.parts.progress.step(step, metrics)
@@ -285,16 +342,73 @@ class _Run:
             self.parts.progress.message(
                 f"step {step}: {metrics['learner/skipped_steps']:.0f} optimizer step(s) skipped, gradient not finite"
             )
+        for warning in warnings:
+            self.parts.progress.message(warning)
+
+    def check_finite(
+        self, step: int, metrics: dict[str, Any], rewarded: Sequence[RewardedRollout], update: UpdateResult
+    ) -> None:
+        """Say where a skipped step's numbers went wrong. Raises UserError, leaving diagnosis.json, when many steps in a
+        row were skipped or a weight is not finite."""
+        if not update.skipped and update.weights_finite:
+            return
+        world, limit = self.parts.world, self.config.learner.max_skipped_steps
+        findings = [f for share in world.gather(non_finite(rewarded, update.old_logprobs)) for f in share]
+        self.parts.progress.message(f"step {step}: {in_words(findings)}")
+        if update.weights_finite and update.skipped_in_a_row < limit:
+            return
+        if update.weights_finite:
+            reason = f"{update.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite"
+        else:
+            reason = "the optimizer step left weights that are not finite"
+        world.on_main(lambda: self.give_up(step, reason, metrics, findings))
+
+    def give_up(self, step: int, reason: str, metrics: dict[str, Any], findings: list[dict[str, Any]]) -> None:
+        """Write the diagnosis and raise UserError. On the main process."""
+        path = write_diagnosis(self.config, step, reason, metrics, findings)
+        raise UserError(
+            f"step {step}: {reason}: {in_words(findings)}; see {path}. Earlier checkpoints are untouched: resume from "
+            "the newest with other settings, or delete it to go further back"
+        )
+
+    def stopped(self, step: int) -> bool:
+        """Whether some rank was asked to stop; the student after `step` steps is then saved. A collective."""
+        parts = self.parts
+        if not parts.world.max({"stop": float(parts.stop.requested is not None)})["stop"]:
+            return False
+        if step and not parts.world.on_main(lambda: step in checkpoints.checkpoint_steps(self.config.run_dir)):
+            self.save(step, None, must=True)
+        saved = f"saved after step {step} of {self.config.steps}" if step else "nothing trained yet"
+        parts.progress.message(f"stopped as asked: {saved}; go on with `tcopd train --resume {self.config.run_dir}`")
+        return True
 
     def finish_step(self, step: int) -> None:
         """Evaluate and save when it is time to."""
         last = step == self.config.steps
         every = self.config.eval.every
+        score = None
         if last or (every and step % every == 0):
-            evaluate_now(self.config, self.inputs, self.parts, step)
+            means = evaluate_now(self.config, self.inputs, self.parts, step)
+            score = self.parts.world.on_main(lambda: checkpoints.score_of(self.config, means))
         every = self.config.checkpoint.every
-        if last or (every and step % every == 0):
-            rundir.save_checkpoint(self.config, self.parts.world, step, self.parts.learner.save)
+        due = last or bool(every and step % every == 0)
+        if due or self.parts.world.on_main(lambda: checkpoints.is_among_best(self.config, score)):
+            self.save(step, score, must=last)
+
+    def save(self, step: int, score: float | None, must: bool) -> None:
+        """Save a checkpoint. A failure is counted and told, the run goes on; UserError when it must be saved."""
+        world = self.parts.world
+        problem = checkpoints.save_checkpoint(
+            self.config, world, step, self.parts.learner.save, score, self.inputs.fingerprint
+        )
+        if problem is None:
+            self.failed_saves = 0
+        elif must:
+            goes_on = f"make room, then `tcopd train --resume {self.config.run_dir}` goes on from the newest one"
+            raise (UserError if world.is_main else PeerError)(f"{problem}; {goes_on}")
+        else:
+            self.failed_saves += 1
+            self.parts.progress.message(f"WARNING: {problem}; training goes on, the next save tries again")
 
     def self_check(self, scored: Sequence[ScoredRollout], old_logprobs: Sequence[Tensor]) -> None:
         """Compare the learner's first logprobs with the same weights as a frozen model. Raises UserError.
@@ -327,7 +441,7 @@ class _Run:
             )
 
 
-def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: bool) -> _Run:
+def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: bool, stop: Stop) -> _Run:
     torch.manual_seed(config.seed)
     learner = Learner(config, inputs.models, world)
     engine = build_engine(
@@ -337,18 +451,23 @@ def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: 
         max_model_len=longest_sequence(config),
         vocab_size=inputs.models.vocab_size,
         seed=config.seed + world.rank,
-        device=world.device,
+        world=world,
+        weights=LearnerWeights(learner),
+        run_dir=config.run_dir,
     )
     # An engine may reseed the global generator while it starts.
     torch.manual_seed(config.seed)
     scorer = Scorer(config, inputs.models, world)
     if start:
-        learner.load(rundir.checkpoint_dir(config.run_dir, start))
+        learner.load(checkpoints.checkpoint_dir(config.run_dir, start))
         sync_weights(learner, engine, start)
+    if not learner.weights_finite():
+        raise UserError(f"model.path {config.model.path}: holds weights that are not finite; give another checkpoint")
     parts = Parts(
         world=world,
         learner=learner,
         engine=engine,
+        ahead=_ahead(config, inputs, world, engine),
         scorer=scorer,
         judges=Judges(config.judge),
         clock=StageClock(world.device),
@@ -361,5 +480,24 @@ def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: 
             run_config=config.model_dump(mode="json"),
         ),
         progress=Progress(config.steps, start, enabled=world.is_main),
+        alarms=Alarms(config, first_entropy(Path(config.run_dir)) if start else None),
+        stop=stop,
     )
     return _Run(config, inputs, parts)
+
+
+def _ahead(config: Config, inputs: Inputs, world: World, engine: RolloutEngine) -> Ahead | None:
+    """Generation of later batches beside the learner; None when every batch waits for the last one's weights."""
+    if not config.rollout.staleness:
+        return None
+    from tcopd_fast.rollout.ahead import Ahead
+    from tcopd_fast.rollout.vllm_server import ServerEngine
+
+    assert isinstance(engine, ServerEngine), "checked by Config"
+    return Ahead(
+        engine,
+        config.rollout,
+        prompts_of=lambda step: shard(prompts_of_step(config, inputs, step), world),
+        seed_of=lambda step: sampling_seed(config.seed, step),
+        steps=config.steps,
+    )

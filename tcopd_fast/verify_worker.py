@@ -27,7 +27,9 @@ def main(timeout_s: float, memory_bytes: int) -> None:
     # Libraries may print; the verdicts keep the original stdout for themselves.
     verdicts = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A trainer that is asked to stop still wants its verdicts; closed stdin is what ends this process.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
     try:

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
 from tcopd_fast.learner import Learner
 from tcopd_fast.rollout import RolloutEngine
+
+
+class LearnerWeights:
+    """The learner's present weights, read when they are iterated (`rollout.Weights`)."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.learner.named_weights()
+
+    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, whole shape) of every parameter; under ZeRO-3 the shard itself has another shape."""
+        return [
+            (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in self.learner.lm.model.named_parameters()
+        ]
 
 
 def sync_weights(learner: Learner, engine: RolloutEngine, version: int) -> int:
     """Copy every parameter (gathered one at a time under ZeRO-3), stamp `version` and return it.
 
-    A collective under ZeRO-3: every rank must call it. No file is written.
+    A collective under ZeRO-3 and with engines in processes of their own: every rank must call it. No file is written.
     """
-    engine.load_weights(learner.named_weights(), version)
+    engine.load_weights(LearnerWeights(learner), version)
     return engine.version

@@ -107,8 +107,8 @@ def test_train_goes_through_the_deepspeed_launcher_on_two_ranks(tiny, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["objective"]["lambdas"]["anti"] == -1.5
     assert len(lines(run_dir / "metrics.jsonl")) == 2
-    trainer = json.loads((run_dir / "checkpoints" / "step_000002" / "trainer.json").read_text())
-    assert trainer == {"step": 2, "world_size": 2}
+    manifest = json.loads((run_dir / "checkpoints" / "step_000002" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["world_size"]) == (2, 2)
     refused = tcopd("train", "--resume", str(run_dir), "--ranks", "1", "steps=3")
     assert refused.returncode != 0 and "written by 2 ranks, resumed with 1" in refused.stdout + refused.stderr
 

@@ -1,22 +1,19 @@
-"""Sources of every kind become prompts; the order of prompts is a pure function; bad input is named."""
+"""Sources of every kind become prompts; bad input is named."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tcopd_fast.config_sections import DataConfig, PromptSourceConfig
-from tcopd_fast.data import PromptSet, batch_for_step, load_eval_sets, load_prompts
+from tcopd_fast.data import PromptSet, load_eval_sets, load_prompts
 from tcopd_fast.errors import UserError
 from tcopd_fast.types import Prompt
 
@@ -309,48 +306,6 @@ def test_tokenizer_without_chat_template(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="has no chat template; use an instruction-tuned checkpoint"):
         load(tokenizer, path)
-
-
-def numbered(n: int) -> list[Prompt]:
-    return [Prompt(str(i), "default", (i,), "", None, "") for i in range(n)]
-
-
-@given(
-    n=st.integers(1, 40),
-    size=st.integers(1, 100),
-    epochs=st.integers(1, 4),
-    seed=st.integers(-5, 2**63),
-    shuffle=st.booleans(),
-)
-def test_every_prompt_comes_once_per_epoch(n, size, epochs, seed, shuffle):
-    prompts = numbered(n)
-    steps = -(-n * epochs // size)
-    stream = [p.id for step in range(steps) for p in batch_for_step(prompts, step, size, seed=seed, shuffle=shuffle)]
-    assert len(stream) == steps * size
-    for epoch in range(epochs):
-        assert Counter(stream[epoch * n : (epoch + 1) * n]) == Counter(p.id for p in prompts)
-    if not shuffle:
-        assert stream[:n] == [p.id for p in prompts]
-
-
-@given(n=st.integers(1, 40), step=st.integers(0, 50), size=st.integers(1, 30), parts=st.integers(1, 5))
-def test_smaller_steps_walk_the_same_order(n, step, size, parts):
-    """A step of size·parts is the concatenation of `parts` steps of `size`: nothing but the position counts."""
-    prompts = numbered(n)
-    whole = batch_for_step(prompts, step, size * parts, seed=1, shuffle=True)
-    pieces = [p for i in range(parts) for p in batch_for_step(prompts, step * parts + i, size, seed=1, shuffle=True)]
-    assert whole == pieces
-
-
-def test_order_depends_on_seed_and_epoch_and_is_pinned():
-    prompts = numbered(12)
-
-    def order(step: int, seed: int) -> list[int]:
-        return [int(p.id) for p in batch_for_step(prompts, step, 12, seed=seed, shuffle=True)]
-
-    assert len({tuple(order(step, seed)) for step in range(3) for seed in range(3)}) == 9
-    # A resumed run on another machine must meet the same prompts.
-    assert order(0, 0) == [11, 3, 2, 1, 8, 6, 0, 7, 4, 10, 5, 9]
 
 
 def test_evaluation_sets_need_answers_and_names_of_their_own(tokenizer, tmp_path):

@@ -105,9 +105,10 @@ def test_chat_template(tokenizer):
 
 
 def test_shipped_problem_files_are_disjoint_by_chain_and_correct():
-    files = {name: task.read_problems(asset(name)) for name in ("train", "heldout", "heldout_largest")}
+    files = {name: task.read_problems(asset(name)) for name in ("train", "train_largest", "heldout", "heldout_largest")}
     assert {name: len(rows) for name, rows in files.items()} == {
         "train": 4096,
+        "train_largest": 4096,
         "heldout": 512,
         "heldout_largest": 512,
     }
@@ -115,6 +116,18 @@ def test_shipped_problem_files_are_disjoint_by_chain_and_correct():
     assert len(set(chains)) == len(chains)
     assert all(p.answer == task.answer_of(p.problem) for problems in files.values() for p in problems)
     assert {p.domain for p in files["train"] + files["heldout"]} == {"math"}
+    assert {p.domain for p in files["train_largest"] + files["heldout_largest"]} == {"largest"}
+
+
+def test_the_builder_writes_the_shipped_problem_files(tmp_path):
+    builder.write_problem_files(tmp_path, 0, builder.Recipe())
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == asset(file.stem).read_bytes(), file.name
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_one_checkpoint_has_two_names():
+    assert asset("largest_expert") == asset("anti_expert")
 
 
 def drawn_in_training(train, heldout_chains, monkeypatch):
@@ -209,7 +222,7 @@ def test_a_tiny_build_repeats_bit_for_bit(tmp_path):
 def test_seed_changes_the_build(tmp_path):
     for seed in (0, 1):
         builder.build(tmp_path / str(seed), seed=seed, recipe=TINY, progress=lambda line: None)
-    for name in ("base/model.safetensors", "train.jsonl", "heldout.jsonl"):
+    for name in ("base/model.safetensors", "train.jsonl", "train_largest.jsonl", "heldout.jsonl"):
         assert (tmp_path / "0" / name).read_bytes() != (tmp_path / "1" / name).read_bytes()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from running import lines, run, write_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_models import CPU, WORLD, config_for, rollouts
@@ -16,12 +17,16 @@ from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3MoeConfig
 
 from tcopd_fast.cli import main
+from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
+from tcopd_fast.metrics import routing_metrics
 from tcopd_fast.models import check_models, load_causal_lm
 from tcopd_fast.packing import pack
 from tcopd_fast.scoring import Scorer, delta, placement
 from tcopd_fast.scoring.streamed import StreamedCausalLM
 from tcopd_fast.scoring.weights import CheckpointFolder, MappedWeights
+from tcopd_fast.trainer import reverse_kl
+from tcopd_fast.types import RewardedRollout
 
 LAMBDAS = [{"expert": 1.5, "anti": -0.5}] * 3
 SHAPE = dict(
@@ -168,7 +173,7 @@ def test_every_form_is_lossless(share, dtype):
     if dtype.is_floating_point and share == 1.0:
         new[0, :3] = torch.tensor([float("nan"), -0.0, float("inf")])
     form, parts, count = delta._smallest(old, new)
-    rebuilt = delta.Rebuilder({f"w:{k}": v for k, v in parts.items()}, {"w": form}, {}).tensor("w", old)
+    rebuilt = delta.Rebuilder({f"w:{k}": v for k, v in parts.items()}, {"w": form}).tensor("w", old)
     assert torch.equal(rebuilt.view(torch.uint8), new.view(torch.uint8))
     assert count >= int(change.sum()) and (form == "same") == (share == 0.0)
     assert sum(t.nbytes for t in parts.values()) <= new.nbytes
@@ -190,26 +195,6 @@ def test_a_wrong_base_and_a_damaged_delta_are_refused(tiny, tmp_path, rl_delta):
         delta.check(str(tmp_path / "bad"), str(rl_delta / "base"))
 
 
-def test_a_lora_adapter_becomes_a_low_rank_delta(tiny, tmp_path):
-    base = load_file(tiny.student / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    rows, columns = base[name].shape
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(4, columns, generator=generator), torch.randn(rows, 4, generator=generator)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    key = "base_model.model." + name.removesuffix(".weight")
-    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    report = delta.make(str(tiny.student), str(adapter), tmp_path / "out")
-    assert report.forms == {"lora": 1, "same": len(base) - 1}
-    rebuilt = delta.DeltaFolder(str(tmp_path / "out")).rebuilder([name]).tensor(name, base[name])
-    torch.testing.assert_close(
-        rebuilt.double(), base[name].double() + 2.0 * b.double() @ a.double(), rtol=1e-6, atol=1e-5
-    )
-    delta.check(str(tmp_path / "out"), str(tiny.student))
-
-
 def test_the_command_line_makes_and_checks(tiny, tmp_path, rl_delta, capsys):
     out = tmp_path / "d"
     assert main(["delta", "make", str(rl_delta / "base"), str(rl_delta / "teacher"), str(out)]) == 0
@@ -217,6 +202,88 @@ def test_the_command_line_makes_and_checks(tiny, tmp_path, rl_delta, capsys):
     assert main(["delta", "check", str(out), str(rl_delta / "base")]) == 0
     assert main(["delta", "make", str(rl_delta / "base"), str(rl_delta / "teacher"), str(out)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_what_routing_saved_is_counted_in_tokens_and_distinct_models(tiny, tmp_path):
+    """The expert twice: one model. It scores 2 of 3 samples, the anti-expert 1, the reference all."""
+    teachers = {
+        name: {"path": str(tiny.anti if name == "anti" else tiny.expert)} for name in ("expert", "again", "anti")
+    }
+    lambdas = {"x": {"expert": 1.0, "again": 0.5}, "y": {"again": 1.0}, "z": {"anti": -0.5}}
+    config = config_for(tiny, tmp_path, teachers=teachers, objective={"lambdas": lambdas})
+    scorer = Scorer(config, check_models(config), WORLD)
+    tables = [config.lambdas_for(domain) for domain in "xyz"]
+    items = scorer.score(rollouts((3, 5, 2)), tables)
+    rewarded = [
+        RewardedRollout(item, torch.zeros(1), torch.zeros(1), table, None)
+        for item, table in zip(items, tables, strict=True)
+    ]
+    found = routing_metrics(config, WORLD, scorer.needs(tables), rewarded)
+    # Prompts of 4 tokens and responses of 3, 5 and 2: 22 tokens for each of 3 models, 22 + (7 + 9) + 6 of them scored.
+    assert found == {
+        "scoring/expert/sample_share": pytest.approx(1 / 3),
+        "scoring/again/sample_share": pytest.approx(2 / 3),
+        "scoring/anti/sample_share": pytest.approx(1 / 3),
+        "scoring/routed_away_share": pytest.approx(1 - 44 / 66),
+    }
+    assert scorer.routing(["x", "y", "z"]) == "expert scores x; anti scores z; again scores x, y"
+    assert scorer.routing(["x", "y"]) == "expert scores x; anti scores none; again scores every domain"
+
+
+def test_routing_is_not_told_where_every_teacher_scores_everything(tiny, tmp_path):
+    config = config_for(tiny, tmp_path)
+    assert Scorer(config, check_models(config), WORLD).routing(["even", "odd"]) is None
+
+
+@pytest.mark.slow
+def test_routing_is_told_and_logged_alike_on_one_and_two_ranks(tiny, tmp_path):
+    rows = []
+    for size in (1, 2):
+        tree = tiny.tree(
+            tmp_path / str(size),
+            steps=1,
+            objective={"lambdas": {"even": {"expert": 1.5}, "odd": {"expert": 1.0, "anti": -0.5}}},
+            rollout={"prompts_per_step": 5},
+        )
+        output = run(["--config", str(write_config(tmp_path / "c.yaml", tree))], size=size)
+        assert "routing by λ: anti scores odd; expert scores every domain" in output
+        rows.append(lines(tmp_path / str(size) / "metrics.jsonl")[0])
+    one, two = ({key: row[key] for key in row if key.endswith(("sample_share", "routed_away_share"))} for row in rows)
+    assert one == pytest.approx(two) and len(one) == 3
+    assert one["scoring/expert/sample_share"] == 1.0
+    assert one["scoring/anti/sample_share"] in (0.2, 0.4, 0.6, 0.8)
+    assert 0.0 < one["scoring/routed_away_share"] < 1 / 3
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_offload_says_what_it_pins_on_every_rank_and_whether_there_is_room(tiny, tmp_path, monkeypatch, room):
+    """Three models on a GPU machine whose GPU and host have so much free; nothing is loaded."""
+    monkeypatch.setattr(placement, "free_memory", lambda device, ranks: 0)
+    monkeypatch.setattr(placement, "free_host_memory", lambda ranks: room)
+    config = config_for(tiny, tmp_path)
+    placer = placement.Placer(config, check_models(config), World(0, 1, torch.device("cuda")))
+    spec = config.teachers["expert"]
+    if not room:
+        with pytest.raises(UserError, match=r"pins 0.00 GiB of host memory for every rank, and 0.00 GiB is left"):
+            placer.choose(spec, "float32")
+        return
+    choice = placer.choose(spec, "float32")
+    stored = sum(1 << (t.nbytes - 1).bit_length() for t in load_file(tiny.expert / "model.safetensors").values())
+    assert placer.host_budget == room - stored
+    assert choice.placement == "offload" and choice.reason.endswith("GiB of pinned host memory for every rank")
+
+
+def test_a_shared_checkpoint_is_scored_once_in_evaluation(tiny, tmp_path, monkeypatch):
+    """Reference and teacher are one checkpoint: two names, one pass."""
+    teachers = {"expert": {"path": str(tiny.student)}, "anti": {"path": str(tiny.anti), "base": str(tiny.expert)}}
+    config = config_for(tiny, tmp_path, teachers=teachers)
+    scorer = Scorer(config, check_models(config), WORLD)
+    passes = []
+    whole = Scorer.logprobs
+    monkeypatch.setattr(Scorer, "logprobs", lambda self, key, *rest: passes.append(key) or whole(self, key, *rest))
+    found = reverse_kl(config, SimpleNamespace(scorer=scorer, world=WORLD), rollouts())
+    assert list(found) == ["reference", "expert", "anti"] and found["reference"] == found["expert"] != found["anti"]
+    assert passes == [scorer.roles["reference"], scorer.roles["anti"]]
 
 
 PEAK = """

@@ -60,7 +60,7 @@ def finish(run: table1_plan.Run, rng: np.random.Generator, final: bool = True) -
     """Leave what a finished run leaves: configuration, environment, evaluations, checkpoint, final results."""
     checkpoint = run.folder / "checkpoints" / f"step_{STEPS:06d}"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "trainer.json").write_text("{}")
+    (checkpoint / "manifest.json").write_text("{}")
     (run.folder / "config.yaml").write_text(f"steps: {STEPS}\n")
     (run.folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (run.folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "time_s/step": 0.5}}\n' for i in (1, 2)))

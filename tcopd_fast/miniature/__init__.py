@@ -12,7 +12,10 @@ _FILES = {
     "base": "base",
     "expert": "expert",
     "anti_expert": "anti_expert",
+    # The anti-expert of math is the expert of the other domain.
+    "largest_expert": "anti_expert",
     "train": "train.jsonl",
+    "train_largest": "train_largest.jsonl",
     "heldout": "heldout.jsonl",
     "heldout_largest": "heldout_largest.jsonl",
     "build_report": "build_report.json",

@@ -37,6 +37,7 @@ from tcopd_fast.miniature.training import MAX_RESPONSE_TOKENS, Example, grpo, me
 
 MODELS = ("base", "expert", "anti_expert")
 HELDOUT_FILES = {"math": "heldout.jsonl", "largest": "heldout_largest.jsonl"}
+TRAIN_FILES = {"math": "train.jsonl", "largest": "train_largest.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,10 @@ def write_problem_files(out_dir: Path, seed: int, recipe: Recipe) -> dict[str, l
         )
         taken |= {chain_of(p.problem) for p in heldout[domain]}
         write_problems(out_dir / HELDOUT_FILES[domain], heldout[domain])
-    train = distinct_problems("math", recipe.train_problems, seed + 1, split="train", exclude=taken)
-    write_problems(out_dir / "train.jsonl", train)
+    for domain in DOMAINS:
+        train = distinct_problems(domain, recipe.train_problems, seed + 1, split="train", exclude=frozenset(taken))
+        taken |= {chain_of(p.problem) for p in train}
+        write_problems(out_dir / TRAIN_FILES[domain], train)
     return heldout
 
 

@@ -29,7 +29,8 @@ class Run:
     """One run directory.
 
     metrics: one mapping per step, ascending. evals: one record per (step, set), ascending. tokens: kept responses.
-    config and environment are empty mappings when their file is missing. notes: what is missing or unreadable.
+    config and environment are empty mappings when their file is missing. notes: what is missing or unreadable, and
+    which alarms fired.
     """
 
     name: str
@@ -127,9 +128,9 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row per evaluation set and run, sets together.
 
     Keys: run, set, step, problems, k, temperature, start (mean@k at the run's first evaluation, None when that is
-    also the last), mean_at_k, standard_error, pass_at_k, response_length (tokens), truncation_rate, reverse_kl
-    (teacher -> nats per token), time_s_per_step. What a run lacks is None. A run without evaluation gets one row
-    over its training rollouts of the last 10 steps.
+    also the last), mean_at_k, standard_error, change and forgetting (as `evaluate.accuracy_change` recorded them),
+    pass_at_k, response_length (tokens), truncation_rate, reverse_kl (teacher -> nats per token), time_s_per_step.
+    What a run lacks is None. A run without evaluation gets one row over its training rollouts of the last 10 steps.
     """
     rows = [row for run in runs for row in (_eval_rows(run) or [_rollout_row(run)])]
     order = {key: index for index, key in enumerate(dict.fromkeys(_set_key(row) for row in rows))}
@@ -177,6 +178,8 @@ def _eval_rows(run: Run) -> list[dict[str, Any]]:
                 "start": number(first.get("mean_at_k")) if first["step"] < last["step"] else None,
                 "mean_at_k": number(last.get("mean_at_k")),
                 "standard_error": number(last.get("standard_error")),
+                "change": number(last.get("change")),
+                "forgetting": number(last.get("forgetting")),
                 "pass_at_k": number(last.get("pass_at_k")),
                 "response_length": number(last.get("response_length_mean")),
                 "truncation_rate": number(last.get("truncation_rate")),
@@ -200,6 +203,8 @@ def _rollout_row(run: Run) -> dict[str, Any]:
         "start": None,
         "mean_at_k": run.recent("rollout/accuracy"),
         "standard_error": None,
+        "change": None,
+        "forgetting": None,
         "pass_at_k": None,
         "response_length": run.recent("rollout/response_length_mean"),
         "truncation_rate": run.recent("rollout/truncated_share"),
@@ -234,7 +239,18 @@ def _load_run(path: Path, name: str) -> Run:
         notes[:] = [note for note in notes if not note.startswith(("metrics.jsonl", "token_samples.jsonl"))]
     elif run.planned_steps is not None and run.last_step < run.planned_steps:
         notes.append(f"stopped at step {run.last_step} of {run.planned_steps}")
+    notes += _alarm_notes(run)
     return run
+
+
+def _alarm_notes(run: Run) -> list[str]:
+    """One note per alarm that fired (see tcopd_fast.alarm)."""
+    notes = []
+    for key in ("reward/alarm_negative_share", "loss/alarm_entropy"):
+        fired = [step for step, flag in zip(*run.curve(key), strict=True) if flag]
+        if fired:
+            notes.append(f"{key} in {len(fired)} of {len(run.metrics)} steps, first at step {fired[0]}")
+    return notes
 
 
 def _read_mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:

@@ -29,10 +29,13 @@ _ROLLOUT_CHARTS = (
     ("rollout/truncated_share", "Truncated responses", "%", 100.0),
 )
 _LEARNING_CHARTS = (
+    ("batch/token_share", "Share of the response tokens", "%", 100.0),
     ("loss/entropy", "Entropy of the student", "nats per token", 1.0),
+    ("loss/entropy_estimate", "Entropy of the student, estimated", "nats per token", 1.0),
     ("reward/mean", "Reward r", "nats per token", 1.0),
     ("reward/advantage_mean", "Advantage A, mean", "nats per token", 1.0),
     ("reward/advantage_std", "Advantage A, standard deviation", "nats per token", 1.0),
+    ("reward/negative_share", "Share of the teachers with λ < 0 in the advantage", "%", 100.0),
     ("loss/effective_sample_size", "Effective sample size", "share of the tokens", 1.0),
     ("learner/grad_norm", "Gradient norm", "before clipping", 1.0),
 )
@@ -103,7 +106,8 @@ def _results(runs: Sequence[Run]) -> str:
     head = '<th class="text">run</th>' + "".join(heads)
     caption = (
         "The last evaluation of every run. mean@k: share of correct samples over k samples per problem, "
-        "± one standard error. before: mean@k at the run's first evaluation. pass@k: share of problems with at "
+        "± one standard error. before: mean@k at the run's first evaluation. change: mean@k minus that at step 0. "
+        "forgotten: the set's best mean@k so far minus the last one. pass@k: share of problems with at "
         "least one correct sample. KL: reverse KL(student ‖ teacher), nats per token. time/step: mean over all "
         "steps but the first."
     )
@@ -146,6 +150,7 @@ def _setting_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("reference", "reference.path"),
         ("steps", "steps"),
         ("prompts per step", "rollout.prompts_per_step"),
+        ("domain weights", "data.domain_weights"),
         ("samples per prompt", "rollout.samples_per_prompt"),
         ("longest response, tokens", "rollout.max_new_tokens"),
         ("temperature", "rollout.temperature"),
@@ -159,6 +164,7 @@ def _setting_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("warm-up of negative λ, steps", "objective.lambda_warmup_steps"),
         ("log-ratio clamp, nats", "objective.logratio_clamp"),
         ("advantage clamp, nats", "objective.advantage_clamp"),
+        ("KL penalty to the reference", "objective.ref_kl_coef"),
         ("seed", "seed"),
     ):
         rows.append((label, [_plain(_config(run, key)) for run in runs]))
@@ -185,7 +191,8 @@ def _curves(runs: Sequence[Run]) -> str:
         (f"scoring/{teacher}/reverse_kl/{domain}", f"Reverse KL to {teacher}, domain {domain}", "nats per token", 1.0)
         for teacher, domain in pairs
     ]
-    charts = [*_ROLLOUT_CHARTS, *divergences, *_LEARNING_CHARTS]
+    names = union(row for run in runs for row in run.metrics)
+    charts = [chart for own in (*_ROLLOUT_CHARTS, *divergences, *_LEARNING_CHARTS) for chart in _by_domain(names, *own)]
     figures = [*_eval_figures(runs), *(_metric_figure(runs, *chart) for chart in charts)]
     figures = [figure for figure in figures if figure]
     caption = (
@@ -195,6 +202,12 @@ def _curves(runs: Sequence[Run]) -> str:
     )
     content = f'<div class="grid">{"".join(figures)}</div>' if figures else '<p class="missing">No metrics yet.</p>'
     return f'<h2>Curves</h2><p class="caption">{caption}</p>{content}'
+
+
+def _by_domain(names: Iterable[str], key: str, title: str, *scale: Any) -> list[tuple[Any, ...]]:
+    """A chart, and the same one for every domain that the metric is recorded for."""
+    domains = [name.removeprefix(f"{key}/") for name in names if name.startswith(f"{key}/")]
+    return [(key, title, *scale), *((f"{key}/{domain}", f"{title}, domain {domain}", *scale) for domain in domains)]
 
 
 def _eval_figures(runs: Sequence[Run]) -> list[str]:

@@ -79,6 +79,8 @@ def summary_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, l
         ("step", "", [_count(row["step"]) for row in rows]),
         ("mean@k", "%", [percent_pm(row["mean_at_k"], row["standard_error"]) for row in rows]),
         ("before", "%", [percent(row["start"]) for row in rows]),
+        ("change", "points", [_points(row["change"]) for row in rows]),
+        ("forgotten", "points", [_points(row["forgetting"]).lstrip("+") for row in rows]),
         ("pass@k", "%", [percent(row["pass_at_k"]) for row in rows]),
         ("length", "tokens", [fixed(row["response_length"], 1) for row in rows]),
         ("truncated", "%", [percent(row["truncation_rate"]) for row in rows]),
@@ -86,6 +88,11 @@ def summary_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, l
         ("time/step", "", [seconds(row["time_s_per_step"]) for row in rows]),
     ]
     return [column for column in columns if any(cell != MISSING for cell in column[2])]
+
+
+def _points(share: float | None) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return MISSING if share is None else fixed(100 * share, 1, sign=True)
 
 
 def _count(value: Any) -> str:

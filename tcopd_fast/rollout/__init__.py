@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tcopd_fast.types import Prompt, Rollout
+
+
+class Weights(Protocol):
+    """The learner's weights: every parameter once, under its Hugging Face name."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """A fresh pass of (name, whole tensor), valid until the next one is asked for. A collective under ZeRO-3."""
+        ...
+
+    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, shape) in the order of a pass; gathers nothing."""
+        ...
 
 
 class RolloutEngine(Protocol):
@@ -35,8 +48,12 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, weights: Weights, version: int) -> None:
         """Copy the learner's weights (Hugging Face parameter names) in place and stamp the version."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the device to the learner until the next `load_weights`, where the engine can."""
         ...
 
     def close(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from tcopd_fast.config_sections import ModelConfig, RolloutConfig
-from tcopd_fast.rollout import RolloutEngine
+from tcopd_fast.dist import World
+from tcopd_fast.rollout import RolloutEngine, Weights
 
 
 def build_engine(
@@ -17,13 +19,25 @@ def build_engine(
     max_model_len: int,
     vocab_size: int | None,
     seed: int,
-    device: torch.device,
+    world: World,
+    weights: Weights | None = None,
+    run_dir: str | Path | None = None,
 ) -> RolloutEngine:
     """`rollout.engine` over the checkpoint as it lies on disk.
 
     max_model_len: most tokens of prompt and response. vocab_size: sample from these leading rows only. A collective
-    with vllm, which also needs an initialised process group.
+    with vllm, which also needs an initialised process group. weights and run_dir: the learner's, for engines in
+    processes of their own; without them vLLM runs in this process whatever the mode.
     """
+    device = world.device
+    if rollout.engine == "vllm" and rollout.vllm.mode == "server" and weights is not None and run_dir is not None:
+        from tcopd_fast.rollout.fleet import Fleet
+        from tcopd_fast.rollout.vllm_server import ServerEngine, log_folder
+
+        fleet = Fleet(
+            rollout, model.path, model.dtype, max_model_len, seed, log_folder(run_dir), model.trust_remote_code
+        )
+        return ServerEngine(fleet, tokenizer, world=world, weights=weights, config=rollout, vocab_size=vocab_size)
     if rollout.engine == "vllm":
         from tcopd_fast.rollout.vllm_engine import VllmEngine
 

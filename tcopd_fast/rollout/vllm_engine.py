@@ -75,6 +75,8 @@ class VllmEngine:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._device = device
+        self._sleeps = config.vllm.sleep and device.type == "cuda"
+        self._asleep = False
         on_cpu = device.type == "cpu"
         _set_environment(device)
         with _caller_state_kept(device), _reloadable_cpu_linears(on_cpu), warnings.catch_warnings():
@@ -88,6 +90,7 @@ class VllmEngine:
                 else {
                     "enforce_eager": config.vllm.enforce_eager,
                     "gpu_memory_utilization": config.vllm.gpu_memory_utilization,
+                    "enable_sleep_mode": config.vllm.sleep,
                 }
             )
             try:
@@ -123,7 +126,7 @@ class VllmEngine:
                 f"expected {dist.get_world_size()} ranks and groups of 1"
             )
         if vocab_size is not None:
-            self._llm.apply_model(partial(_cut_vocabulary, vocab_size=vocab_size))
+            self._llm.apply_model(partial(cut_vocabulary, vocab_size=vocab_size))
 
     def generate(
         self,
@@ -145,7 +148,7 @@ class VllmEngine:
         Raises UserError for a prompt that leaves no room for `max_new_tokens`, and for a temperature that
         vLLM would replace by another.
         """
-        self._check_request(prompts, max_new_tokens, temperature)
+        check_request(prompts, max_new_tokens, temperature, self._max_model_len)
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -167,7 +170,7 @@ class VllmEngine:
                         top_p=1.0,
                         top_k=0,
                         max_tokens=max_new_tokens,
-                        seed=_stream_seed(seed, prompt.id, sample),
+                        seed=stream_seed(seed, prompt.id, sample),
                         # vLLM adds the EOS ids of the checkpoint's generation config to these.
                         stop_token_ids=[] if eos is None else [eos],
                         logprobs=0,
@@ -204,12 +207,25 @@ class VllmEngine:
                 loaded = model.load_weights(weights)  # type: ignore[operator]
             return {name for name, _ in model.named_parameters()} - loaded
 
+        if self._asleep:
+            # The KV cache comes back only when the weights are there, since gathering them takes memory too.
+            self._llm.wake_up(tags=["weights"])
         (missing,) = self._llm.apply_model(copy_into)
         if missing:
             raise RuntimeError(f"weight sync {version}: no weights for {', '.join(sorted(missing))}")
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         if not self._llm.llm_engine.reset_prefix_cache():
             raise RuntimeError(f"weight sync {version}: vLLM kept the KV cache of the old weights")
         self.version = version
+
+    def sleep(self) -> None:
+        """On a GPU (with `rollout.vllm.sleep`) free weights and KV cache; the next `load_weights` brings them back."""
+        if self._sleeps and not self._asleep:
+            # Level 2 keeps no copy of the weights: the next ones come from the learner.
+            self._llm.sleep(level=2)
+            self._asleep = True
 
     def close(self) -> None:
         """Free weights and KV cache, leaving the learner's process group alone; another engine may follow."""
@@ -222,20 +238,6 @@ class VllmEngine:
         gc.collect()
         if self._device.type != "cpu":
             torch.accelerator.empty_cache()
-
-    def _check_request(self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float) -> None:
-        if temperature != 0 and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-            raise UserError(
-                f"rollout.temperature={temperature}: vLLM samples at 0 (greedy) or from {MIN_TEMPERATURE} to "
-                f"{MAX_TEMPERATURE:g}; choose one of these or rollout.engine=hf"
-            )
-        for prompt in prompts:
-            if len(prompt.token_ids) + max_new_tokens > self._max_model_len:
-                raise UserError(
-                    f"prompt {prompt.id!r} of {prompt.source}: {len(prompt.token_ids)} tokens and a response "
-                    f"of {max_new_tokens} exceed the {self._max_model_len} the vLLM engine is built for; "
-                    "lower data.max_prompt_tokens or the response length"
-                )
 
     def _rollout(self, prompt: Prompt, sample: int, completion: Any) -> Rollout:
         """One finished vLLM CompletionOutput as a Rollout."""
@@ -257,6 +259,22 @@ class VllmEngine:
         )
 
 
+def check_request(prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, max_model_len: int) -> None:
+    """Refuse what vLLM would cut short or sample otherwise than asked. Raises UserError."""
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise UserError(
+            f"rollout.temperature={temperature}: vLLM samples at 0 (greedy) or from {MIN_TEMPERATURE} to "
+            f"{MAX_TEMPERATURE:g}; choose one of these or rollout.engine=hf"
+        )
+    for prompt in prompts:
+        if len(prompt.token_ids) + max_new_tokens > max_model_len:
+            raise UserError(
+                f"prompt {prompt.id!r} of {prompt.source}: {len(prompt.token_ids)} tokens and a response "
+                f"of {max_new_tokens} exceed the {max_model_len} the vLLM engine is built for; "
+                "lower data.max_prompt_tokens or the response length"
+            )
+
+
 def _set_environment(device: torch.device) -> None:
     """What vLLM reads from the environment, at import and when the engine is built."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -267,13 +285,13 @@ def _set_environment(device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
 
 
-def _stream_seed(seed: int, prompt_id: str, sample: int) -> int:
+def stream_seed(seed: int, prompt_id: str, sample: int) -> int:
     """62-bit seed of one response."""
     digest = hashlib.blake2b(f"{seed}/{sample}/{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 
 
-def _cut_vocabulary(model: nn.Module, vocab_size: int) -> None:
+def cut_vocabulary(model: nn.Module, vocab_size: int) -> None:
     """Make vLLM drop the logits past `vocab_size`, where it already drops its own padding."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -302,11 +320,19 @@ def _reloadable_cpu_linears(on_cpu: bool) -> Iterator[None]:
         return
     import vllm.model_executor.layers.utils as layer_utils
 
-    def keep_plain(layer: nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
-
-    with patch.object(layer_utils, "dispatch_cpu_unquantized_gemm", keep_plain):
+    with patch.object(layer_utils, "dispatch_cpu_unquantized_gemm", _plain_linear):
         yield
+
+
+def keep_cpu_linears_plain() -> None:
+    """The same for the rest of this process's life."""
+    import vllm.model_executor.layers.utils as layer_utils
+
+    layer_utils.dispatch_cpu_unquantized_gemm = _plain_linear
+
+
+def _plain_linear(layer: nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
 
 @contextmanager

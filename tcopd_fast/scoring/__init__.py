@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from tcopd_fast.config import Config
 from tcopd_fast.config_sections import FrozenModelConfig
 from tcopd_fast.dist import World
-from tcopd_fast.models import ModelSet, resolve_path
+from tcopd_fast.models import ModelSet, base_path, is_adapter
 from tcopd_fast.reward import reference_cancels, reference_ever_needed
+from tcopd_fast.scoring.delta import is_delta
 from tcopd_fast.scoring.placement import FrozenModel, Placer, ServedModel
+from tcopd_fast.scoring.weights import same_checkpoint
 from tcopd_fast.types import Rollout, ScoredRollout
 
 REFERENCE = "reference"
@@ -23,28 +23,39 @@ ModelKey = tuple[str, str]
 class Scorer:
     """Frozen models, each distinct checkpoint loaded once, run only on the samples that need them.
 
-    roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`: (path, dtype), or the URLs and
-    the model's name there.
+    roles maps a role ("reference", a teacher's name, "NAME.base") to a key of `models`: (path, dtype), of an adapter
+    (path, dtype and its base), or the URLs and the model's name there.
     """
 
     def __init__(self, config: Config, models: ModelSet, world: World) -> None:
         """A collective when some model is sharded."""
         self.config = config
-        self.roles: dict[str, ModelKey] = {}
         self.models: dict[ModelKey, FrozenModel | ServedModel] = {}
         placer = Placer(config, models, world)
-        for role, spec in self._wanted().items():
+        keys: dict[str, ModelKey] = {}
+        wanted = self._wanted()
+        # What a delta or an adapter builds on is there before it.
+        for role in sorted(wanted, key=lambda role: _builds_on(wanted[role])):
+            spec = wanted[role]
             dtype = spec.dtype or config.model.dtype
-            key = self._key(spec, dtype)
-            self.roles[role] = key
-            if key not in self.models:
-                self.models[key] = placer.place(spec, dtype)
+            keys[role] = self._key(spec, dtype)
+            if keys[role] not in self.models:
+                self.models[keys[role]] = placer.place(spec, dtype)
+        self.roles = {role: keys[role] for role in wanted}
 
     def _key(self, spec: FrozenModelConfig, dtype: str) -> ModelKey:
         if spec.server is not None:
             # Its path may be no more than a source of the tokenizer; the weights are whatever is served there.
             return " ".join(spec.server.urls), f"server of {spec.server.model or 'its model'}"
-        return next((k for k in self.models if k[1] == dtype and same_checkpoint(k[0], spec.path)), (spec.path, dtype))
+        if is_adapter(spec.path):
+            base, _ = self._known(base_path(self.config, spec), dtype)
+            return self._known(spec.path, f"{dtype} on {base}")
+        return self._known(spec.path, dtype)
+
+    def _known(self, path: str, variant: str) -> ModelKey:
+        """The key of the model that is loaded with these weights in this variant, or its own."""
+        there = (k for k in self.models if k[1] == variant and same_checkpoint(k[0], path))
+        return next(there, (path, variant))
 
     def _wanted(self) -> dict[str, FrozenModelConfig]:
         """The models that some sample needs, by role; the reference first."""
@@ -55,18 +66,29 @@ class Scorer:
         for name, teacher in config.teachers.items():
             if self._ever_active(name):
                 wanted[name] = teacher
-                if teacher.base is not None:
-                    here = None if teacher.placement == "server" else teacher.placement
-                    wanted[f"{name}.base"] = FrozenModelConfig(path=teacher.base, dtype=teacher.dtype, placement=here)
+                if own_base := teacher.own_base():
+                    wanted[f"{name}.base"] = own_base
         return wanted
 
     def placements(self) -> list[str]:
-        """One line per distinct model: who it is, where it lives, and why."""
-        return [
-            f"{', '.join(role for role, k in self.roles.items() if k == key)}: {model.choice.placement} "
-            f"({model.choice.reason})"
-            for key, model in self.models.items()
-        ]
+        """One line per distinct model: who it is, where it lives, and why; then who scores what, where they differ."""
+        lines = {
+            ", ".join(role for role, k in self.roles.items() if k == key): model for key, model in self.models.items()
+        }
+        return [f"{who}: {model.choice.placement} ({model.choice.reason})" for who, model in lines.items()]
+
+    def routing(self, domains: Sequence[str]) -> str | None:
+        """Which teacher scores which of these domains, in words; None when every teacher scores all of them."""
+        scored = {
+            name: [domain for domain in domains if self.config.lambdas_for(domain)[name]]
+            for name in self.config.teachers
+        }
+        if all(len(its) == len(domains) for its in scored.values()):
+            return None
+        return "; ".join(
+            f"{name} scores {'every domain' if len(its) == len(domains) else ', '.join(its) or 'none'}"
+            for name, its in scored.items()
+        )
 
     def _ever_active(self, teacher: str) -> bool:
         return any(table.get(teacher, 0.0) for table in self.config.lambda_tables().values())
@@ -81,14 +103,10 @@ class Scorer:
 
         lambdas: teacher -> λ, one table per rollout. old_logprobs: the learner's own, passed through.
         """
-        needs: dict[ModelKey, set[int]] = {key: set() for key in self.models}
         roles_of = [self._roles_for(table) for table in lambdas]
-        for i, roles in enumerate(roles_of):
-            for role in roles:
-                needs[self.roles[role]].add(i)
         scores = {
-            key: self.logprobs(key, rollouts, sorted(indices))
-            for key, indices in needs.items()
+            key: self.logprobs(key, rollouts, indices)
+            for key, indices in self.needs(lambdas).items()
             if indices or self.models[key].collective
         }
 
@@ -108,6 +126,14 @@ class Scorer:
             for i, rollout in enumerate(rollouts)
         ]
 
+    def needs(self, lambdas: Sequence[Mapping[str, float]]) -> dict[ModelKey, list[int]]:
+        """Indices of the samples that every distinct model has to score, ascending; lambdas as in `score`."""
+        needs: dict[ModelKey, list[int]] = {key: [] for key in self.models}
+        for i, table in enumerate(lambdas):
+            for key in {self.roles[role] for role in self._roles_for(table)}:
+                needs[key].append(i)
+        return needs
+
     def _roles_for(self, lambdas: Mapping[str, float]) -> list[str]:
         active = [name for name, value in lambdas.items() if value]
         bases = [f"{name}.base" for name in active if f"{name}.base" in self.roles]
@@ -122,23 +148,8 @@ class Scorer:
         return dict(zip(indices, scores, strict=True))
 
 
-def weight_files(path: str) -> tuple[Path, ...]:
-    """The checkpoint's weight files with every link resolved; empty for a hub id."""
-    return tuple(sorted(file.resolve() for file in Path(resolve_path(path)).glob("*.safetensors")))
-
-
-def same_checkpoint(a: str, b: str) -> bool:
-    """True when two paths name the same weights: one path, the same files, or files and config of equal content.
-
-    Fine-tunes of one base differ in their first pages, so comparing them reads little.
-    """
-    if a == b:
-        return True
-    files_a, files_b = weight_files(a), weight_files(b)
-    if not files_a or len(files_a) != len(files_b):
-        return False
-    if files_a == files_b:
-        return True
-    configs = [Path(resolve_path(path)) / "config.json" for path in (a, b)]
-    pairs = [*zip(files_a, files_b, strict=True), (configs[0], configs[1])]
-    return all(filecmp.cmp(x, y, shallow=False) for x, y in pairs)
+def _builds_on(spec: FrozenModelConfig) -> int:
+    """0 for a whole checkpoint, 1 for a delta, 2 for an adapter, which may be on a delta."""
+    if spec.server is not None:
+        return 0
+    return 2 if is_adapter(spec.path) else int(is_delta(spec.path))

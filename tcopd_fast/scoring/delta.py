@@ -7,7 +7,6 @@ was. Per tensor the difference is stored in whichever form is smallest:
     mask      one bit per weight, and the changed weights' new values
     index     the changed weights' positions (int32) and new values
     full      the tensor itself: most of it changed, or the base has no tensor of this name, shape and dtype
-    lora      factors A [r, D_in] and B [D_out, r] with a scale: W + scale·B A, in float32, rounded to W's dtype
 
 A folder holds delta.safetensors, config.json and the tokenizer, so that it stands wherever a model path does. Names,
 forms, and SHA-256 digests of base and result are in the file's metadata; a base with other weights is refused.
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tcopd_fast.errors import UserError
-from tcopd_fast.models import local_folder, resolve_path
+from tcopd_fast.models import is_adapter, local_folder, resolve_path
 from tcopd_fast.scoring.weights import CheckpointFolder, WeightSource
 
 DELTA_FILE = "delta.safetensors"
@@ -39,15 +38,13 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 # What each form stores.
-PARTS = {
-    "same": (), "mask": ("mask", "values"), "index": ("index", "values"), "full": ("full",), "lora": ("a", "b"),
-}  # fmt: skip
+PARTS = {"same": (), "mask": ("mask", "values"), "index": ("index", "values"), "full": ("full",)}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes in bytes, tensors by form, and weights in all and changed (low-rank tensors count as changed)."""
+    """Sizes in bytes, tensors by form, and weights in all and changed."""
 
     base_bytes: int
     delta_bytes: int
@@ -73,47 +70,38 @@ def digest(tensors: Callable[[str], Tensor], names: Sequence[str]) -> str:
 
 
 def make(base: str, teacher: str, out: str | Path) -> Report:
-    """Write the difference of `teacher` (a checkpoint, or a LoRA adapter folder) to `base` into the folder `out`.
+    """Write the difference of the checkpoint `teacher` to `base` into the folder `out`.
 
-    Raises UserError when `out` exists, a path is no checkpoint, or an adapter does not fit the base.
+    Raises UserError when `out` exists, or a path is no whole checkpoint.
     """
     target = Path(out)
-    if target.exists() and any(target.iterdir()):
+    for path in (base, teacher):
+        if is_adapter(path):
+            raise UserError(f"{path}: is a LoRA adapter, which is small as it is; give it as a teacher's path")
+        if is_delta(path):
+            raise UserError(f"{path}: is a delta already; give whole checkpoints")
+    if target.is_file() or (target.exists() and any(target.iterdir())):
         raise UserError(f"{target}: exists and is not empty; give a new folder")
     base_files = CheckpointFolder(local_folder(base))
     source = Path(local_folder(teacher))
-    adapter = source / "adapter_config.json"
     stored: dict[str, Tensor] = {}
     forms: dict[str, str] = {}
-    scales: dict[str, float] = {}
     changed = weights = 0
-    if adapter.is_file():
-        low_rank = _read_adapter(source, base_files)
-        names = base_files.names()
-        forms = dict.fromkeys(sorted(names), "same")
-        for name, (a, b, scale) in low_rank.items():
-            stored |= {f"{name}:a": a.contiguous(), f"{name}:b": b.contiguous()}
-            forms[name], scales[name] = "lora", scale
-            changed += base_files.tensors([name])[name].numel()
-        weights = sum(base_files.tensors([name])[name].numel() for name in names)
-    else:
-        teacher_files = CheckpointFolder(source)
-        names = teacher_files.names()
-        for name in sorted(names):
-            new = teacher_files.tensors([name])[name]
-            old = base_files.tensors([name])[name] if name in base_files.names() else None
-            form, parts, count = _smallest(old, new)
-            forms[name] = form
-            stored |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
-            changed += count
-            weights += new.numel()
-    rebuilt = Rebuilder(stored, forms, scales)
+    teacher_files = CheckpointFolder(source)
+    names = teacher_files.names()
+    for name in sorted(names):
+        new = teacher_files.tensors([name])[name]
+        form, parts, count = _smallest(_stored(base_files, name), new)
+        forms[name] = form
+        stored |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
+        changed += count
+        weights += new.numel()
+    rebuilt = Rebuilder(stored, forms)
     metadata = {
         "format": FORMAT,
         "base_sha256": digest(lambda name: base_files.tensors([name])[name], sorted(base_files.names())),
         "result_sha256": digest(lambda name: rebuilt.tensor(name, _stored(base_files, name)), sorted(names)),
         "forms": json.dumps(forms),
-        "scales": json.dumps(scales),
     }
     target.mkdir(parents=True, exist_ok=True)
     for folder in (Path(local_folder(base)), source):
@@ -169,10 +157,10 @@ def _unpack(mask: Tensor, count: int) -> Tensor:
 
 
 class Rebuilder:
-    """Turns a base tensor into the teacher's: bit-exact, except that low-rank sums follow the device's rounding."""
+    """Turns a base tensor into the teacher's, bit for bit."""
 
-    def __init__(self, stored: Mapping[str, Tensor], forms: Mapping[str, str], scales: Mapping[str, float]) -> None:
-        self.stored, self.forms, self.scales = stored, forms, scales
+    def __init__(self, stored: Mapping[str, Tensor], forms: Mapping[str, str]) -> None:
+        self.stored, self.forms = stored, forms
 
     def tensor(self, name: str, base: Tensor | None) -> Tensor:
         """The teacher's tensor; `base` (unchanged) is the base's of the same name in its stored dtype."""
@@ -182,9 +170,6 @@ class Rebuilder:
         assert base is not None  # `make` stores what the base lacks in full
         if form == "same":
             return base
-        if form == "lora":
-            a, b = (self.stored[f"{name}:{part}"].to(base.device).float() for part in ("a", "b"))
-            return torch.addmm(base.float(), b, a, alpha=self.scales[name]).to(base.dtype)
         values = self.stored[f"{name}:values"].to(base.device)
         out = base.clone(memory_format=torch.contiguous_format)
         flat = out.view(-1)
@@ -212,13 +197,14 @@ class DeltaFolder:
             raise UserError(f"{file}: format {metadata.get('format')!r}, expected {FORMAT!r}; make it again")
         self.base_sha256, self.result_sha256 = metadata["base_sha256"], metadata["result_sha256"]
         self.forms: dict[str, str] = json.loads(metadata["forms"])
-        self.scales: dict[str, float] = json.loads(metadata["scales"])
-        self.parts = CheckpointFolder(file.parent)
+        if other := sorted({*self.forms.values()} - {*PARTS}):
+            raise UserError(f"{file}: holds tensors of the form {other[0]!r}, which is not known here; make it again")
+        self.parts = CheckpointFolder(file.parent, DELTA_FILE)
 
     def rebuilder(self, names: Sequence[str]) -> Rebuilder:
         """A rebuilder holding what the delta stores of these tensors."""
         wanted = {f"{name}:{part}" for name in names for part in PARTS[self.forms[name]]}
-        return Rebuilder(self.parts.tensors(sorted(wanted)), self.forms, self.scales)
+        return Rebuilder(self.parts.tensors(sorted(wanted)), self.forms)
 
     def require_base(self, base: str) -> None:
         """Raises UserError unless `base` holds exactly the weights this delta was made from."""
@@ -272,38 +258,3 @@ class DeltaWeights:
             return self.base.rows(name, index).to(self.dtype)
         table = self.load([name])[name]
         return table.index_select(0, index.to(table.device))
-
-
-def _read_adapter(folder: Path, base: CheckpointFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Checkpoint name -> (A [r, D_in], B [D_out, r], scale) of a peft LoRA folder."""
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("fan_in_fan_out", False)):
-        if settings.get(key, plain) != plain:
-            raise UserError(f"adapter {folder}: {key}={settings[key]!r} is not supported; merge it into a checkpoint")
-    for key in ("modules_to_save", "alpha_pattern", "trainable_token_indices"):
-        if settings.get(key):
-            raise UserError(f"adapter {folder}: {key} is set, which is not supported; merge it into a checkpoint")
-    factors = CheckpointFolder(folder)
-    out = {}
-    for key in sorted(factors.names()):
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
-        if name not in base.names():
-            raise UserError(
-                f"adapter {folder}: {key} belongs to {name}, which the base does not have; give its own base"
-            )
-        other = key.replace(".lora_A.", ".lora_B.")
-        pair = factors.tensors([key, other])
-        a, b = pair[key], pair[other]
-        expected = tuple(base.tensors([name])[name].shape)
-        if (b.shape[0], a.shape[1]) != expected:
-            raise UserError(
-                f"adapter {folder}: {name} is {list(expected)} in the base but {b.shape[0]}×{a.shape[1]} there"
-            )
-        rank = a.shape[0]
-        scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
-        out[name] = (a, b, scale)
-    if leftover := [k for k in factors.names() if ".lora_A." not in k and ".lora_B." not in k]:
-        raise UserError(f"adapter {folder}: {sorted(leftover)[0]} is no LoRA factor; merge it into a checkpoint")
-    return out

@@ -4,13 +4,15 @@ resident   on the scoring device, whole
 offload    on disk or in pinned host memory; one layer at a time passes through the device
 sharded    spread over the ranks, one layer at a time gathered from all of them
 delta      as a lossless difference to a base; one layer at a time is rebuilt
+lora       as low-rank factors beside a base; one layer at a time is summed
 server     in other processes that answer over HTTP
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -20,21 +22,36 @@ from tcopd_fast.config import Config, longest_sequence
 from tcopd_fast.config_sections import FrozenModelConfig
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
-from tcopd_fast.models import DTYPES, ModelSet, load_causal_lm, load_model_config, local_folder, text_config
+from tcopd_fast.models import (
+    ADAPTER_CONFIG,
+    DTYPES,
+    ModelSet,
+    base_path,
+    described_by,
+    is_adapter,
+    load_causal_lm,
+    load_model_config,
+    local_folder,
+    text_config,
+)
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, is_delta
+from tcopd_fast.scoring.lora import LowRank, LowRankWeights, linear_shapes, other_base, read_adapter
 from tcopd_fast.scoring.server import TeacherClient
 from tcopd_fast.scoring.sharded import ShardedLM
-from tcopd_fast.scoring.streamed import StreamedCausalLM
+from tcopd_fast.scoring.streamed import StreamedCausalLM, empty_model
 from tcopd_fast.scoring.weights import (
     CheckpointFolder,
     MappedWeights,
     PinnedWeights,
     ResidentWeights,
-    RingSlots,
     WeightSource,
+    pinned_bytes,
+    same_checkpoint,
 )
 from tcopd_fast.types import PackedTokens, Rollout
+
+Forward = Callable[[Sequence[PackedTokens], float], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,43 +62,52 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class Held:
+    """Weights of a model that is there, for deltas and adapters to build on."""
+
+    path: str
+    dtype: str
+    choice: Choice
+    weights: WeightSource
+
+
+@dataclass(frozen=True)
 class FrozenModel:
     """Scores rollouts: packs them, and runs groups of packed tokens through `forward`.
 
-    forward: groups -> float32 logprobs [N] of each. It is given as many groups at once as `tokens_per_trip` allows;
-    with tokens_per_trip None all of them, in exactly one call, which all ranks make together.
+    forward: groups, temperature -> float32 logprobs [N] of each. It is given as many groups at once as
+    `tokens_per_trip` allows; with tokens_per_trip None all of them, in exactly one call, which all ranks make together.
     """
 
-    def __init__(
-        self,
-        choice: Choice,
-        forward: Callable[[Sequence[PackedTokens], float], list[Tensor]],
-        *,
-        tokens_per_forward: int,
-        tokens_per_trip: int | None,
-        device: torch.device,
-    ) -> None:
-        self.choice, self._forward, self._device = choice, forward, device
-        self._tokens_per_forward, self._tokens_per_trip = tokens_per_forward, tokens_per_trip
-        self.collective = tokens_per_trip is None
+    choice: Choice
+    forward: Forward
+    tokens_per_forward: int
+    tokens_per_trip: int | None
+    device: torch.device
+
+    @property
+    def collective(self) -> bool:
+        """Whether every rank must score whenever one does."""
+        return self.tokens_per_trip is None
 
     @torch.inference_mode()
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[Tensor]:
         """Logprob of every sampled token, float32 [L] on the CPU, one per rollout."""
         lengths = [len(r.prompt.token_ids) + len(r.token_ids) - 1 for r in rollouts]
-        groups = split_by_tokens(lengths, self._tokens_per_forward)
+        groups = split_by_tokens(lengths, self.tokens_per_forward)
         out: dict[int, Tensor] = {}
         sizes = [sum(lengths[i] for i in group) for group in groups]
-        trips = [range(len(groups))] if self._tokens_per_trip is None else split_by_tokens(sizes, self._tokens_per_trip)
+        trips = [range(len(groups))] if self.tokens_per_trip is None else split_by_tokens(sizes, self.tokens_per_trip)
         for trip in trips:
             chosen = [groups[g] for g in trip]
             packed = [
                 pack([rollouts[i].prompt.token_ids for i in group], [rollouts[i].token_ids for i in group]).to(
-                    self._device
+                    self.device
                 )
                 for group in chosen
             ]
-            for group, logprob_N in zip(chosen, self._forward(packed, temperature), strict=True):
+            for group, logprob_N in zip(chosen, self.forward(packed, temperature), strict=True):
                 parts = logprob_N.cpu().split([len(rollouts[i].token_ids) for i in group])
                 out.update((i, part.clone()) for i, part in zip(group, parts, strict=True))
         return [out[i] for i in range(len(rollouts))]
@@ -105,26 +131,31 @@ class Placer:
 
     def __init__(self, config: Config, models: ModelSet, world: World) -> None:
         self.config, self.models, self.world, self.device = config, models, world, world.device
-        # The same number on every rank, so that all choose alike.
-        free = -world.max({"free": -float(free_memory(world.device, world.ranks_here))})["free"]
-        self.budget = int(free * config.scoring.resident_share)
-        self.slots: RingSlots | None = None
-        self.resident: dict[tuple[str, torch.dtype], ResidentWeights] = {}
+        # The same numbers on every rank, so that all choose alike.
+        free, host = free_memory(world.device, world.ranks_here), free_host_memory(world.ranks_here)
+        least = world.max({"free": -float(free), "host": -float(host)})
+        self.budget = int(-least["free"] * config.scoring.resident_share)
+        self.host_budget = int(-least["host"])
+        self.held: list[Held] = []
 
     def place(self, spec: FrozenModelConfig, dtype: str) -> FrozenModel | ServedModel:
         """Load one model. Raises UserError when its placement is impossible."""
         if spec.placement == "server":
             return self._served(spec)
-        choice = self.choose(spec, dtype)
-        load = {"resident": self._resident, "sharded": self._sharded}.get(choice.placement, self._streamed)
+        if is_adapter(spec.path):
+            choice, forward = self._adapter(spec, dtype)
+        else:
+            choice = self.choose(spec, dtype)
+            forward = self._load(spec, dtype, choice)
         tokens = self.config.scoring.max_tokens_per_forward
         trip = {"resident": tokens, "sharded": None}.get(choice.placement, self.config.scoring.max_tokens_per_trip)
-        return FrozenModel(
-            choice, load(spec, dtype), tokens_per_forward=tokens, tokens_per_trip=trip, device=self.device
-        )
+        return FrozenModel(choice, forward, tokens, trip, self.device)
 
-    def choose(self, spec: FrozenModelConfig, dtype: str) -> Choice:
-        """The configured placement, or for `auto` the first that fits of resident, sharded (with ranks), offload."""
+    def choose(self, spec: FrozenModelConfig, dtype: str, shardable: bool = True) -> Choice:
+        """The configured placement, or for `auto` the first that fits of resident, sharded (with ranks), offload.
+
+        What is not shardable is offloaded instead.
+        """
         placement = spec.placement or self.config.scoring.placement
         if is_delta(spec.path):
             if placement not in ("auto", "delta"):
@@ -136,91 +167,126 @@ class Placer:
                 "give OUT as its path"
             )
         size = CheckpointFolder(local_folder(spec.path)).weights() * DTYPES[dtype].itemsize
-        left = f"{gib(self.budget)} left for frozen models"
-        if placement != "auto":
+        left = f"{gib(max(0, self.budget))} left for frozen models"
+        if placement == "sharded" and not shardable:
+            choice = Choice("offload", "adapters need their base whole")
+        elif placement != "auto":
             choice = Choice(placement, "configured")
         elif size <= self.budget:
             choice = Choice("resident", f"{gib(size)} fit the {left}")
-        elif self.world.size > 1 and size // self.world.size <= self.budget:
-            choice = Choice("sharded", f"{gib(size)} do not fit the {left}, a {self.world.size}th of it does")
+        elif shardable and self.world.size > 1 and size // self.world.size <= self.budget:
+            choice = Choice("sharded", f"{gib(size)} do not fit the {left}, 1/{self.world.size} of it does")
         else:
             choice = Choice("offload", f"{gib(size)} do not fit the {left}")
         self.budget -= {"resident": size, "sharded": size // self.world.size}.get(choice.placement, 0)
-        return choice
+        return self._pin(spec, dtype, choice) if choice.placement == "offload" else choice
 
-    def _sharded(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
-        model = self.config.model
-        return ShardedLM(
-            spec.path,
-            self.world,
-            dtype=dtype,
-            host=self.config.scoring.shards_on_host,
-            attention=model.attention,
-            vocab_size=self.models.vocab_size,
-            trust_remote_code=model.trust_remote_code,
-        )
+    def _pin(self, spec: FrozenModelConfig, dtype: str, choice: Choice) -> Choice:
+        """`choice` with what it takes of host memory; refused when that is not there. On a CPU it takes none."""
+        if self.device.type != "cuda":
+            return choice
+        size = pinned_bytes(CheckpointFolder(local_folder(spec.path)), DTYPES[dtype])
+        if size > self.host_budget:
+            raise UserError(
+                f"{spec.path}: placement offload pins {gib(size)} of host memory for every rank, and "
+                f"{gib(self.host_budget)} is left for each of the {self.world.ranks_here} on this machine; use "
+                "placement sharded with scoring.shards_on_host=true, or fewer ranks"
+            )
+        self.host_budget -= size
+        return replace(choice, reason=f"{choice.reason}; {gib(size)} of pinned host memory for every rank")
+
+    def _load(self, spec: FrozenModelConfig, dtype: str, choice: Choice) -> Forward:
+        if choice.placement == "sharded":
+            return ShardedLM(spec.path, self.world, host=self.config.scoring.shards_on_host, **self._options(dtype))
+        if choice.placement != "resident":
+            source = self._source(spec, DTYPES[dtype])
+            self.held.append(Held(spec.path, dtype, choice, source))
+            return self._stream(spec.path, source, dtype)
+        lm = load_causal_lm(spec.path, **self._options(dtype)).to(self.device).eval().requires_grad_(False)
+        self.held.append(Held(spec.path, dtype, choice, ResidentWeights(lm.model)))
+        return lambda groups, temperature: [lm.logprobs(tokens, temperature=temperature).logprob for tokens in groups]
+
+    def _stream(self, path: str, source: WeightSource, dtype: str) -> Forward:
+        lm = StreamedCausalLM(path, source, device=self.device, **self._options(dtype))
+        return lambda groups, temperature: [out.logprob for out in lm.logprobs(groups, temperature=temperature)]
+
+    def _options(self, dtype: str) -> dict[str, Any]:
+        """How every model is loaded."""
+        model, vocab_size = self.config.model, self.models.vocab_size
+        return {
+            "dtype": dtype,
+            "attention": model.attention,
+            "vocab_size": vocab_size,
+            "trust_remote_code": model.trust_remote_code,
+        }
+
+    def _adapter(self, spec: FrozenModelConfig, dtype: str) -> tuple[Choice, Forward]:
+        """A LoRA adapter on the weights of its base, which are loaded if they are not there."""
+        base, model = base_path(self.config, spec), self.config.model
+        shapes = linear_shapes(empty_model(base, dtype, model.attention, model.trust_remote_code))
+        factors = {
+            name: LowRank(*(t.to(self.device, DTYPES[dtype]) for t in (terms.a, terms.b)))
+            for name, terms in read_adapter(spec.path, shapes).items()
+        }
+        size = sum(t.nbytes for terms in factors.values() for t in (terms.a, terms.b))
+        self.budget -= size
+        held = self._base_of_adapters(base, dtype)
+        named = other_base(spec.path, base)
+        trained = f", though {ADAPTER_CONFIG} names {named}" if named else ""
+        reason = f"{size / 2**20:.2f} MiB of factors on {base}{trained}; that is {held.choice.placement}: "
+        forward = self._stream(base, LowRankWeights(held.weights, factors), dtype)
+        return Choice("lora", reason + held.choice.reason), forward
+
+    def _base_of_adapters(self, path: str, dtype: str) -> Held:
+        """A model with these weights that is there and not sharded, else a new one, loaded for adapters alone."""
+        for held in self.held:
+            if held.dtype == dtype and same_checkpoint(held.path, path):
+                return held
+        spec = FrozenModelConfig(path=path)
+        self._load(spec, dtype, self.choose(spec, dtype, shardable=False))
+        return self.held[-1]
 
     def _served(self, spec: FrozenModelConfig) -> ServedModel:
         assert spec.server is not None, "checked by Config"
+        described = load_model_config(described_by(self.config, spec), self.config.model.trust_remote_code)
         client = TeacherClient(
             spec.path,
             spec.server,
             self.models,
-            head_rows=text_config(load_model_config(spec.path, self.config.model.trust_remote_code)).vocab_size,
+            head_rows=text_config(described).vocab_size,
             longest=longest_sequence(self.config),
             tolerance=self.config.scoring.self_check_tolerance,
         )
         return ServedModel(Choice("server", client.description), client)
 
-    def _resident(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
-        model = self.config.model
-        lm = load_causal_lm(
-            spec.path,
-            dtype=dtype,
-            attention=model.attention,
-            vocab_size=self.models.vocab_size,
-            trust_remote_code=model.trust_remote_code,
-        )
-        lm.to(self.device).eval().requires_grad_(False)
-        self.resident[local_folder(spec.path), DTYPES[dtype]] = ResidentWeights(lm.model)
-        return lambda groups, temperature: [lm.logprobs(tokens, temperature=temperature).logprob for tokens in groups]
-
-    def _streamed(self, spec: FrozenModelConfig, dtype: str) -> Callable[[Sequence[PackedTokens], float], list[Tensor]]:
-        lm = StreamedCausalLM(
-            spec.path,
-            self._source(spec, DTYPES[dtype]),
-            dtype=dtype,
-            attention=self.config.model.attention,
-            vocab_size=self.models.vocab_size,
-            device=self.device,
-            trust_remote_code=self.config.model.trust_remote_code,
-        )
-        return lambda groups, temperature: [out.logprob for out in lm.logprobs(groups, temperature=temperature)]
-
     def _source(self, spec: FrozenModelConfig, dtype: torch.dtype) -> WeightSource:
         if is_delta(spec.path):
-            base = spec.delta_base or (self.config.reference or self.config.model).path
+            base = base_path(self.config, spec)
             delta = DeltaFolder(spec.path)
             delta.require_base(base)
-            return DeltaWeights(delta, self._base(local_folder(base), dtype), dtype)
-        if self.device.type == "cuda":
-            self.slots = self.slots or RingSlots(self.device)
-            return PinnedWeights(local_folder(spec.path), dtype, self.slots)
-        return MappedWeights(local_folder(spec.path), dtype, self.device)
+            return DeltaWeights(delta, self._base(base, dtype), dtype)
+        source = PinnedWeights if self.device.type == "cuda" else MappedWeights
+        return source(local_folder(spec.path), dtype, self.device)
 
-    def _base(self, folder: str, dtype: torch.dtype) -> WeightSource:
+    def _base(self, path: str, dtype: torch.dtype) -> WeightSource:
         """The base's tensors bit for bit: those of a resident copy, if it was not converted, else the files."""
-        resident = self.resident.get((folder, dtype))
-        if resident is not None and CheckpointFolder(folder).dtypes() == {dtype}:
-            return resident
-        return MappedWeights(folder, None, self.device)
+        for held in self.held:
+            same = isinstance(held.weights, ResidentWeights) and DTYPES[held.dtype] == dtype
+            if same and same_checkpoint(held.path, path) and CheckpointFolder(local_folder(path)).dtypes() == {dtype}:
+                return held.weights
+        return MappedWeights(local_folder(path), None, self.device)
 
 
 def free_memory(device: torch.device, ranks_here: int = 1) -> int:
     """Bytes that a new model may take on the scoring device: of a GPU, or this rank's part of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // ranks_here
+    return free_host_memory(ranks_here)
+
+
+def free_host_memory(ranks_here: int) -> int:
+    """Bytes of this machine's free memory that fall to one of its ranks."""
+    return int(psutil.virtual_memory().available) // ranks_here
 
 
 def gib(size: int) -> str:

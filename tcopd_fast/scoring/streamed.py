@@ -79,19 +79,14 @@ class StreamedCausalLM:
         device: torch.device,
         trust_remote_code: bool = False,
     ) -> None:
-        config = load_model_config(path, trust_remote_code)
-        self.vocab_size, self.device = vocab_size, device
-        self.softcap = getattr(text_config(config), "final_logit_softcapping", None)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=DTYPES[dtype],
-                attn_implementation=PACKED_SDPA if attention == "sdpa" else attention,
-                trust_remote_code=trust_remote_code,
-            )
+        model = empty_model(path, dtype, attention, trust_remote_code)
+        self.vocab_size = vocab_size
+        self.softcap = getattr(text_config(model.config), "final_logit_softcapping", None)
         model.eval().requires_grad_(False)
-        for name, buffer in model.named_buffers():
-            _set(model, name, buffer.to(device))
+        stored = source.names()
+        for name, buffer in list(model.named_buffers()):
+            value = source.load([name])[name].to(buffer.dtype) if name in stored else buffer
+            _set(model, name, value.to(device, copy=True))
         self.source = source
         self._plan(model, resolve_path(path))
 
@@ -205,6 +200,18 @@ class StreamedCausalLM:
             "max_length_k": tokens.max_seqlen,
         }
         return functional_call(self.decoder, self.rest, (), arguments).last_hidden_state
+
+
+def empty_model(path: str, dtype: str, attention: str, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's transformers model with parameters that have shapes and no values; its buffers are real."""
+    config = load_model_config(path, trust_remote_code)
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=DTYPES[dtype],
+            attn_implementation=PACKED_SDPA if attention == "sdpa" else attention,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def _set(model: nn.Module, name: str, buffer: Tensor) -> None:

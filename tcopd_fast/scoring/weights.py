@@ -1,4 +1,4 @@
-"""Where a streamed model's weights come from: a checkpoint on disk, pinned host memory, or a base plus a difference.
+"""Where a streamed model's weights come from: a checkpoint on disk, pinned host memory, or a resident model.
 
 A source hands out named tensors for one group (a decoder layer, the embedding, the head) at a time; whoever asked
 drops them before asking for more, so that the memory in use is that of a group or two, not of the model.
@@ -6,8 +6,9 @@ drops them before asking for more, so that the memory in use is that of a group 
 
 from __future__ import annotations
 
+import filecmp
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tcopd_fast.errors import UserError
+from tcopd_fast.models import ADAPTER_CONFIG, resolve_path
 
 
 class WeightSource(Protocol):
@@ -26,7 +28,7 @@ class WeightSource(Protocol):
         ...
 
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors, valid until the second next call of `load`."""
+        """These tensors, for the caller to drop when it is done with them."""
         ...
 
     def prefetch(self, names: Sequence[str]) -> None:
@@ -40,28 +42,23 @@ class WeightSource(Protocol):
 
 class CheckpointFolder:
     """The safetensors files of a folder, as they are stored. Tensors are mapped, not read: a page of the file
-    enters memory when it is first used and leaves with the tensor."""
+    enters memory when it is first used and leaves with the tensor.
 
-    def __init__(self, folder: str | Path) -> None:
+    file: read this one alone (None: the ones that transformers loads).
+    """
+
+    def __init__(self, folder: str | Path, file: str | None = None) -> None:
         self.folder = Path(folder)
-        self._file_of = self._index()
-
-    def _index(self) -> dict[str, Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            mapping = json.loads(index.read_text())["weight_map"]
-            return {name: self.folder / file for name, file in mapping.items()}
-        files = sorted(self.folder.glob("*.safetensors"))
+        self._file_of: dict[str, Path] = {}
+        files = weight_files(folder) if file is None else (self.folder / file,)
         if not files:
             raise UserError(f"model {self.folder}: no .safetensors file; give a folder with safetensors weights")
-        found: dict[str, Path] = {}
-        for file in files:
+        for path in files:
             try:
-                with safe_open(file, "pt") as opened:
-                    found |= dict.fromkeys(opened.keys(), file)
-            except SafetensorError as error:
-                raise UserError(f"model {self.folder}: {file.name} cannot be read ({error}); fetch it again") from error
-        return found
+                with safe_open(path, "pt") as opened:
+                    self._file_of |= dict.fromkeys(opened.keys(), path)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"model {self.folder}: {path.name} cannot be read ({error}); fetch it again") from error
 
     def names(self) -> frozenset[str]:
         return frozenset(self._file_of)
@@ -125,73 +122,79 @@ class ResidentWeights:
 
 
 class PinnedWeights:
-    """A checkpoint in pinned host memory, copied to a GPU through two slots on a stream of its own.
+    """A checkpoint in pinned host memory, copied to a GPU group by group on a stream of its own.
 
-    While the layer in one slot computes, the next one is copied into the other. Each slot is one flat buffer of the
-    largest group; a group is laid out in it tensor by tensor.
+    While one group computes, the next one is copied. Each lives in fresh memory of the computing stream, which takes it
+    back in order: a group that was dropped after its computation had been launched makes room for the next but one.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype, slots: RingSlots) -> None:
+    def __init__(self, folder: str | Path, dtype: torch.dtype, device: torch.device) -> None:
         files = CheckpointFolder(folder)
         self.host = {name: files.tensors([name])[name].to(dtype).pin_memory() for name in sorted(files.names())}
-        self.slots = slots
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.ahead: dict[str, Tensor] = {}
 
     def names(self) -> frozenset[str]:
         return frozenset(self.host)
 
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return self.slots.take({name: self.host[name] for name in names})
+        if list(self.ahead) != list(names):
+            self.prefetch(names)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        taken, self.ahead = self.ahead, {}
+        return taken
 
     def prefetch(self, names: Sequence[str]) -> None:
-        self.slots.start({name: self.host[name] for name in names})
+        computing = torch.cuda.current_stream(self.device)
+        # A group that was announced and never asked for goes back to the computing stream here, filled or not.
+        computing.wait_stream(self.stream)
+        self.ahead = {name: torch.empty_like(self.host[name], device=self.device) for name in names}
+        # This memory may have held a group whose computation is launched but not done.
+        self.stream.wait_stream(computing)
+        with torch.cuda.stream(self.stream):
+            for name, copy in self.ahead.items():
+                copy.copy_(self.host[name], non_blocking=True)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        return self.host[name].index_select(0, index.cpu()).to(self.slots.device)
+        return self.host[name].index_select(0, index.cpu()).to(self.device)
 
 
-class RingSlots:
-    """Two flat device buffers that all streamed models of a scorer share, filled on a side stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.turn = 0
-        self.pending: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
-
-    def start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin copying a group into the slot whose last group is no longer computed with."""
-        slot = self.turn
-        self.turn = 1 - slot
-        total = sum(_aligned(t.nbytes) for t in tensors.values())
-        if self.buffers[slot].numel() < total:
-            torch.cuda.current_stream(self.device).synchronize()
-            self.stream.synchronize()  # a copy that nobody asked for may still be filling the old buffer
-            self.buffers[slot] = torch.empty(total, dtype=torch.uint8, device=self.device)
-        views: dict[str, Tensor] = {}
-        offset = 0
-        # Whatever computes with this slot's last group has been launched by now; the other slot's layer has not.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            for name, tensor in tensors.items():
-                part = self.buffers[slot][offset : offset + tensor.nbytes]
-                views[name] = part.view(tensor.dtype).view(tensor.shape)
-                views[name].copy_(tensor, non_blocking=True)
-                offset += _aligned(tensor.nbytes)
-        self.pending = (tuple(id(t) for t in tensors.values()), views)
-
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The group on the device: the one being copied if it was announced, else copied now."""
-        wanted = tuple(id(t) for t in tensors.values())
-        if self.pending is None or self.pending[0] != wanted:
-            self.start(tensors)
-        assert self.pending is not None
-        views = self.pending[1]
-        self.pending = None
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return views
+def pinned_bytes(files: CheckpointFolder, dtype: torch.dtype) -> int:
+    """Host memory that `PinnedWeights` takes: torch rounds every pinned tensor up to a power of two."""
+    tensors = files.tensors(sorted(files.names())).values()
+    return sum(1 << max(0, t.numel() * dtype.itemsize - 1).bit_length() for t in tensors)
 
 
-def _aligned(nbytes: int) -> int:
-    """nbytes rounded up so that the next tensor starts on a 256-byte border, as GEMM kernels like it."""
-    return -(-nbytes // 256) * 256
+def weight_files(path: str | Path) -> tuple[Path, ...]:
+    """The weight files that transformers loads, in order of their names, links resolved; empty for a hub id."""
+    folder = Path(resolve_path(str(path)))
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        found = [folder / "model.safetensors"]
+    elif index.is_file():
+        found = [folder / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+    else:
+        found = list(folder.glob("*.safetensors"))
+    return tuple(file.resolve() for file in sorted(found))
+
+
+def same_checkpoint(a: str, b: str) -> bool:
+    """True when two paths name the same weights: one path, the same files, or files and config of equal content.
+
+    Fine-tunes of one base differ in their first pages, so comparing them reads little.
+    """
+    if a == b:
+        return True
+    files_a, files_b = weight_files(a), weight_files(b)
+    if not files_a or len(files_a) != len(files_b):
+        return False
+    if files_a == files_b:
+        return True
+    pairs = [*zip(files_a, files_b, strict=True)]
+    for name in ("config.json", ADAPTER_CONFIG):
+        x, y = (Path(resolve_path(path)) / name for path in (a, b))
+        if x.is_file() != y.is_file():
+            return False
+        pairs += [(x, y)] if x.is_file() else []
+    return all(filecmp.cmp(x, y, shallow=False) for x, y in pairs)

@@ -1,0 +1,195 @@
+"""The vLLM processes of mode `server`: started, watched, killed and started again by the first rank."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import httpx
+import torch
+
+from tcopd_fast.config_sections import RolloutConfig
+from tcopd_fast.dist import free_port
+from tcopd_fast.errors import UserError
+from tcopd_fast.models import resolve_path
+from tcopd_fast.rollout.vllm_plugin import ON_CPU
+
+MODEL = "student"
+HOST = "127.0.0.1"
+# An engine that is told to end has this long before it is killed.
+GRACE_S = 10.0
+
+
+@dataclass
+class Engine:
+    """One vLLM server process with its children, in a process group of its own."""
+
+    number: int
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    url: str = ""
+
+
+@dataclass
+class Fleet:
+    """Every engine of a run.
+
+    model_path, dtype, max_model_len, seed, trust_remote_code: as the in-process engine takes them. folder: where logs
+    go. starts counts the engines started so far.
+    """
+
+    config: RolloutConfig
+    model_path: str
+    dtype: str
+    max_model_len: int
+    seed: int
+    folder: Path
+    trust_remote_code: bool = False
+    engines: list[Engine] = field(default_factory=list)
+    starts: int = 0
+
+    @property
+    def urls(self) -> list[str]:
+        """Base URL of every engine."""
+        return [engine.url for engine in self.engines]
+
+    def start(self) -> None:
+        """Start all engines and wait until they answer. Raises UserError when one does not."""
+        count = self.config.vllm.server.engines
+        self.engines = [Engine(n, self.folder / f"rollout_engine_{n}.log") for n in range(count)]
+        self._launch(self.engines)
+
+    def restart(self, suspects: Sequence[int]) -> list[int]:
+        """Start again those that have ended or are suspected to hang; returns their numbers. Raises UserError."""
+        gone = [e for e in self.engines if e.number in suspects or e.process is None or e.process.poll() is not None]
+        limit = self.config.vllm.server.max_restarts
+        if self.starts + len(gone) - len(self.engines) > limit:
+            raise UserError(
+                f"rollout engines had to be started again more than {limit} times "
+                f"(rollout.vllm.server.max_restarts); the last words are in {gone[0].log}"
+            )
+        for engine in gone:
+            stop(engine, grace_s=0.0)
+        self._launch(gone)
+        return [engine.number for engine in gone]
+
+    def close(self) -> None:
+        """End every engine and its children."""
+        for engine in self.engines:
+            if engine.process is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(engine.process.pid, signal.SIGTERM)
+        for engine in self.engines:
+            stop(engine, GRACE_S)
+
+    def _launch(self, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            port = free_port()
+            engine.url = f"http://{HOST}:{port}"
+            self.starts += 1
+            with engine.log.open("ab") as log:
+                engine.process = spawn(self.command(port), self.environment(engine.number), log)
+        end = time.monotonic() + self.config.vllm.server.start_timeout_s
+        try:
+            for engine in engines:
+                wait_until_up(engine, end)
+        except UserError:
+            self.close()
+            raise
+
+    def command(self, port: int) -> list[str]:
+        """vLLM's server with what the trainer needs of it."""
+        on_cpu, vllm = not torch.cuda.is_available(), self.config.vllm
+        words = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+            "--model", resolve_path(self.model_path), "--served-model-name", MODEL,
+            "--host", HOST, "--port", str(port), "--disable-uvicorn-access-log",
+            "--load-format", "safetensors", "--skip-tokenizer-init", "--dtype", self.dtype,
+            "--seed", str(self.seed), "--max-model-len", str(self.max_model_len),
+            "--max-num-seqs", str(vllm.max_num_seqs), "--tensor-parallel-size", str(vllm.server.tensor_parallel_size),
+            # A checkpoint's generation config would set top-k, penalties and a token limit.
+            "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
+            # As the learner's head: bfloat16 logits would shift every logprob.
+            "--hf-overrides", '{"head_dtype": "float32"}',
+            # Token ids in, token ids out.
+            "--enable-scale-out",
+            "--weight-transfer-config", f'{{"backend": "{"tcopd_gloo" if on_cpu else "nccl"}"}}',
+            "--worker-extension-cls", "tcopd_fast.rollout.vllm_plugin.RolloutWorker",
+        ]  # fmt: skip
+        if on_cpu:
+            words += ["--enforce-eager", "--kv-cache-memory-bytes", str(vllm.kv_cache_memory_bytes)]
+        else:
+            words += ["--gpu-memory-utilization", str(vllm.gpu_memory_utilization)]
+            words += ["--enforce-eager"] if vllm.enforce_eager else []
+        words += ["--trust-remote-code"] if self.trust_remote_code else []
+        return words + shlex.split(vllm.server.options)
+
+    def environment(self, number: int) -> dict[str, str]:
+        """The trainer's environment without its process group, and what vLLM reads from there."""
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LD_PRELOAD")
+        out = {key: value for key, value in os.environ.items() if key not in launcher}
+        out.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        # The routes for weights and pauses; the server listens on loopback only.
+        out["VLLM_SERVER_DEV_MODE"] = "1"
+        out.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        out.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if torch.cuda.is_available():
+            out["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.config.vllm.server.gpus[number]))
+        else:
+            out |= {ON_CPU: "1", "TORCHDYNAMO_DISABLE": "1"}
+        return out
+
+
+def spawn(command: Sequence[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a process group that ends with this process, however this one ends."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tcopd_fast.rollout.leash", str(os.getpid()), *command],
+        env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_until_up(engine: Engine, end: float) -> None:
+    """Until the engine answers, or `end` on the monotonic clock. Raises UserError naming its log."""
+    assert engine.process is not None
+    while time.monotonic() < end:
+        if engine.process.poll() is not None:
+            raise UserError(
+                f"rollout engine {engine.number} ended with status {engine.process.returncode} while starting; "
+                f"see {engine.log}{last_words(engine.log)}"
+            )
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{engine.url}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise UserError(
+        f"rollout engine {engine.number} did not answer in time (rollout.vllm.server.start_timeout_s); see {engine.log}"
+    )
+
+
+def last_words(log: Path) -> str:
+    """The last line of a log that names an error, if there is one."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line]
+    return f": {errors[-1].strip()}" if errors else ""
+
+
+def stop(engine: Engine, grace_s: float) -> None:
+    """End an engine's whole process group, by force after `grace_s`."""
+    if engine.process is None:
+        return
+    with suppress(subprocess.TimeoutExpired):
+        engine.process.wait(grace_s)
+    # The group can outlive its first process.
+    with suppress(ProcessLookupError):
+        os.killpg(engine.process.pid, signal.SIGKILL)
+    engine.process.wait()
+    engine.process = None
