@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of less than eight minutes: kernel tests, the demo, joint launches of
-# several models (bench/multi_launch.py) and the kernel benchmark.
+# Everything that needs a GPU, in one command of less than nine and a half minutes: kernel tests, the demo, joint launches of
+# several models (bench/multi_launch.py), memory of teachers (bench/teacher_memory.py), the kernel benchmark.
 #     [OUT=FOLDER] [PYTHON=python3] bash bench/gpu_suite.sh [--dry-run]
-# Writes OUT/summary.json, kernels_gpu.json, multi_launch_gpu.json, demo.json and one log per step (OUT: bench/results,
+# Writes OUT/summary.json, kernels_gpu.json, multi_launch_gpu.json, teacher_memory_gpu.json, demo.json and one log per step (OUT: bench/results,
 # of a dry run runs/gpu_suite). Nothing is fetched: wheels in .whl/ (bench/wheels.sh) are installed into /tmp/site.
 # --dry-run does the same on the CPU at tiny sizes. GIT_SHA names the commit where the copy has no .git.
 # Exit status 1 when a step failed.
@@ -19,7 +19,7 @@ esac
 OUT=${OUT:-$([ -n "$DRY_RUN" ] && echo runs/gpu_suite || echo bench/results)}
 mkdir -p "$OUT" || exit 1
 OUT=$(realpath "$OUT")
-rm -f "$OUT"/{summary,kernels_gpu,multi_launch_gpu,demo}.json
+rm -f "$OUT"/{summary,kernels_gpu,multi_launch_gpu,teacher_memory_gpu,demo}.json
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 
@@ -84,9 +84,11 @@ step gpu_tests 140 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider "${WORKE
 
 if [ -n "$DRY_RUN" ]; then
   # A busy CPU may take minutes; what the dry run shows is that every step works.
-  BENCH=(--shapes tiny --rounds 2) LAUNCH=(--tiny --rounds 2) DEMO=(--steps 1) DEMO_S=400 TOTAL_S=900
+  BENCH=(--shapes tiny --rounds 2) LAUNCH=(--tiny --rounds 2) DEMO=(--steps 1) DEMO_S=400 TOTAL_S=1200
+  TEACHERS=(--tiny --teachers 0,1) TEACHERS_S=300
 else
-  BENCH=(--shapes full --rounds 5) LAUNCH=() DEMO=() DEMO_S=130 TOTAL_S=465
+  BENCH=(--shapes full --rounds 5) LAUNCH=() DEMO=() DEMO_S=130 TOTAL_S=545
+  TEACHERS=(--device cuda --jobs 6) TEACHERS_S=150
 fi
 MISSING=$(missing_wheels)
 if [ -n "$MISSING" ]; then
@@ -95,6 +97,10 @@ else
   step demo "$DEMO_S" "$PYTHON" -m tcopd_fast.cli demo --out "$WORK/demo" "${DEMO[@]}"
 fi
 step multi_launch 45 "$PYTHON" bench/multi_launch.py "${LAUNCH[@]}" --json "$OUT/multi_launch_gpu.json"
+if [ -z "$MISSING" ]; then
+  step teacher_memory "$TEACHERS_S" "$PYTHON" bench/teacher_memory.py "${TEACHERS[@]}" --no-steps \
+    --out "$WORK/teachers" --json "$OUT/teacher_memory_gpu.json"
+fi
 # The benchmark takes what is left, and reports the cases that it did not come to.
 LEFT=$((TOTAL_S - SECONDS))
 step kernel_bench "$LEFT" \

@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from lambda_safety_plan import NORMAL, QUANTILES, ROWS, SAMPLED, plan, recipe_of, shared_overrides
+from lambda_safety_plan import QUANTILES, ROWS, SAMPLED, plan, recipe_of, shared_overrides
 from lambda_safety_report import BEGIN, END, aggregate, markdown
 from table1 import MIN_SEEDS, RESULTS, STEPS, Launcher, Outputs, guarded, train_runs
 from table1_plan import ROOT, Run, open_recipe, read_recipe, run_state, train_command
@@ -109,6 +109,8 @@ def assemble(out: Path, runs: Sequence[Run], recipe: dict[str, Any]) -> dict[str
     words = ["python", "bench/lambda_safety.py", "--out", str(out)]
     words += ["--seeds", str(len(seeds)), "--steps", str(recipe["steps"])]
     words += ["--limit", str(recipe["limit"])] if recipe["limit"] is not None else []
+    keys = list(dict.fromkeys(run.row.key for run in runs))
+    words += ["--rows", *keys] if len(keys) < len(ROWS) else []
     return {
         "command": shlex.join(words),
         "date": here["started"],
@@ -193,10 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         "--doc", metavar="FILE", help="file with the markers (default docs/safety.md, none if reduced; '': none)"
     )
     parser.add_argument("--only-report", action="store_true", help="start nothing, report on what is there")
-    parser.add_argument(
-        "--rows", nargs="+", choices=[row.key for row in ROWS], metavar="ROW",
-        help=f"only these rows; {NORMAL.key} must be among them",
-    )  # fmt: skip
+    parser.add_argument("--rows", nargs="+", choices=[row.key for row in ROWS], metavar="ROW", help="only these rows")
     return parser
 
 

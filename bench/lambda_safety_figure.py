@@ -31,7 +31,7 @@ def draw(table: Mapping[str, Any], out: Path) -> Path:
         titles = (
             "accuracy on held-out problems, T=1 (%)",
             "entropy (nats per token)",
-            "anti-expert's share of |A| (%)",
+            "anti-expert's share of the teachers' part (%)",
         )
         for row in table["rows"]:
             if row["row"] == NORMAL.key:

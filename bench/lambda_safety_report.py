@@ -62,7 +62,9 @@ def aggregate(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                         fmean(at_step) for at_step in zip(*(r["training"][name] for r in runs.values()), strict=True)
                     ]
                     for name in first["training"]
-                },
+                    if name != "step"
+                }
+                | {"step": first["training"]["step"]},
                 "alarms": {
                     kind: [
                         {"first": steps[0] if steps else None, "steps": len(steps)}

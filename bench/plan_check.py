@@ -44,6 +44,7 @@ MODELS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64},
     "21M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 16384},
     "13M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 8192},
+    "33M": {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 9, "vocab_size": 24000},
     "78M": {
         "hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 3, "vocab_size": 50304,
         "tie_word_embeddings": False,
@@ -99,6 +100,13 @@ CASES = (
     Case("bf16-zero1", "21M", dtype="bfloat16", settings=zero(1)),
     Case("bf16-zero2", "21M", dtype="bfloat16", settings=zero(2)),
     Case("bf16-ranks2-zero3", "21M", 2, "bfloat16", settings=zero(3)),
+)
+# First run when the model was finished, and nothing was changed after them.
+HELD_OUT = (
+    Case("held-out-1", "33M", 2, teachers=3, placement="sharded", settings=zero(2, max_tokens_per_microbatch=150)),
+    Case("held-out-2", "33M", teachers=2, placement="offload", settings={**zero(1, minibatches=2), **CHECKPOINTING}),
+    Case("held-out-3", "33M", 2, teachers=2, settings={**zero(3, max_tokens_per_microbatch=150), **CHECKPOINTING}),
+    Case("held-out-4", "33M", dtype="bfloat16", settings={**zero(2, minibatches=2), **LONG}),
 )
 
 
@@ -199,6 +207,7 @@ def compare(case: Case, measured: Mapping[str, int], base: Mapping[str, int], pr
     peak, guessed = max(above.values()), max(guess.values())
     return {
         "case": case.name,
+        "held_out": case in HELD_OUT,
         "model": case.model,
         "weights": predicted["weights"],
         "frozen_models": predicted["frozen_models"],
@@ -219,7 +228,7 @@ def compare(case: Case, measured: Mapping[str, int], base: Mapping[str, int], pr
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/plan_check"), metavar="DIR")
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES + HELD_OUT], metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/plan_check.json")
     parser.add_argument("--only-report", action="store_true", help="write docs/plan.md from the JSON, run nothing")
     arguments = parser.parse_args()
@@ -230,7 +239,7 @@ def main() -> int:
     (folder / "models").mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     rows = []
-    for case in CASES:
+    for case in CASES + HELD_OUT:
         if arguments.only and case.name not in arguments.only:
             continue
         base, measured = measure(case.baseline, folder), measure(case, folder)

@@ -34,7 +34,16 @@ from teacher_memory_plan import (
     measure_cell,
     plan,
 )
-from teacher_memory_report import BEGIN, END, insert, memory_block, summary_lines
+from teacher_memory_report import (
+    BEGIN,
+    END,
+    README_BEGIN,
+    README_END,
+    insert,
+    memory_block,
+    readme_block,
+    summary_lines,
+)
 from teacher_memory_steps import measure_steps
 
 from tcopd_fast.config import Config
@@ -48,6 +57,7 @@ from tcopd_fast.rundir import environment, write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOC = ROOT / "docs" / "teachers.md"
+README = ROOT / "README.md"
 # Device -> its file in bench/results.
 DOCUMENTED = {"cpu": "teacher_memory.json", "cuda": "teacher_memory_gpu.json"}
 COUNTS = (0, 1, 2, 4, 8)
@@ -117,6 +127,11 @@ def runs_to_report() -> list[tuple[dict[str, Any], str, str]]:
     return [(json.loads(f.read_text()), link, link.replace(".json", ".svg")) for f, link in zip(files, links)]
 
 
+def from_root(runs: Sequence[tuple[dict[str, Any], str, str]]) -> list[tuple[dict[str, Any], str, str]]:
+    """The same with links from the README."""
+    return [(data, link.removeprefix("../"), figure.removeprefix("../")) for data, link, figure in runs]
+
+
 def report() -> None:
     """Figures and tables from what is in bench/results. Raises UserError when there is nothing."""
     runs = runs_to_report()
@@ -125,6 +140,7 @@ def report() -> None:
     for data, _, figure in runs:
         draw(data, RESULTS / Path(figure).name)
     insert(DOC, memory_block(runs), BEGIN, END)
+    insert(README, readme_block(from_root(runs)), README_BEGIN, README_END)
 
 
 def numbers(text: str) -> list[int]:

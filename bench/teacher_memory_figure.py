@@ -46,7 +46,7 @@ def draw(data: Mapping[str, Any], out: Path) -> None:
         level = float("-inf")
         for value, title, colour, last in sorted(ends):
             level = max(value, level + 0.055 * top)
-            axes.annotate(title, (last, level), xytext=(26, 0), textcoords="offset points", va="center", color=colour,
+            axes.annotate(title, (last, level), xytext=(38, 0), textcoords="offset points", va="center", color=colour,
                           fontsize=9, annotation_clip=False)  # fmt: skip
         axes.set_ylim(0, 1.04 * top)
         right = axes.twinx()
@@ -59,6 +59,6 @@ def draw(data: Mapping[str, Any], out: Path) -> None:
         axes.set_ylabel(f"{kind} of the frozen models, MB")
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
-        figure.subplots_adjust(left=0.09, right=0.76, top=0.92, bottom=0.12)
+        figure.subplots_adjust(left=0.09, right=0.75, top=0.92, bottom=0.12)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="svg", metadata={"Date": None})

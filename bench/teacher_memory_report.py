@@ -13,6 +13,7 @@ from typing import Any
 from tcopd_fast.errors import UserError
 
 BEGIN, END = "<!-- teacher-memory:begin -->", "<!-- teacher-memory:end -->"
+README_BEGIN, README_END = "<!-- teacher-cost:begin -->", "<!-- teacher-cost:end -->"
 MB = 1e6
 # A placement is flat when each teacher adds less than this share of a checkpoint.
 FLAT_SHARE = 0.05
@@ -154,6 +155,23 @@ def memory_block(runs: Sequence[tuple[Mapping[str, Any], str, str]]) -> str:
             parts += [_steps_table(data), _steps_note(data)]
         parts.append(provenance(data, results))
     return "\n\n".join(parts)
+
+
+def readme_block(runs: Sequence[tuple[Mapping[str, Any], str, str]]) -> str:
+    """The README's paragraph. runs: (content, link to it, any)."""
+    out = []
+    for data, results, _ in runs:
+        most = max(k for one in series_of(data) for k in one.bytes)
+        costs = ", ".join(f"{TITLES[one.name]} {signed(one.growth / MB)}" for one in series_of(data))
+        steps = ", ".join(f"{row['placement']} {100 * row['share']:.1f} %" for row in step_rows(data))
+        share = f" Scoring by one more teacher takes, of a step with one: {steps} (on one CPU thread)." if steps else ""
+        where = "GPU memory" if data["device"] == "cuda" else "resident memory on a CPU"
+        out.append(
+            f"**What one more teacher costs, measured.** Of a checkpoint of {data['bytes']['full'] / MB:.0f} MB, MB of "
+            f"{where} per teacher, 0 to {most} teachers: {costs}.{share} "
+            f"Tables: [docs/teachers.md](docs/teachers.md#what-they-cost-measured); {provenance(data, results)}"
+        )
+    return "\n\n".join(out)
 
 
 def _memory_table(data: Mapping[str, Any]) -> str:

@@ -1,15 +1,11 @@
-"""Alarms for negative λ: anti-experts that drown out the rest of the advantage, and an entropy that collapses.
+"""Alarms for negative λ: anti-experts that drown out the other teachers, and an entropy that collapses.
 
-The advantage of a token is what the teachers add and what the student itself does:
+What teacher k adds to the advantage of token t, and its share over all tokens of a step and all ranks, from 0 to 1:
 
-    A_t = Σ_k c_k,t + s_t
-    c_k,t = (λ_k/K) · clamp(log π_k − log π_ref)      s_t = −[log π_old − log π_ref] + the judge's term
+    c_k,t = (λ_k/K) · clamp(log π_k − log π_ref)        share_k = Σ_t |c_k,t| / Σ_t Σ_j |c_j,t|
 
-A teacher's share of it, over all tokens of a step and all ranks, lies between 0 and 1:
-
-    share_k = Σ_t g_t |c_k,t| / Σ_t g_t (Σ_j |c_j,t| + |s_t|)      g_t = |clamp(A_t)| / |A_t|
-
-g_t is 1 unless `objective.advantage_clamp` cuts the token's advantage down.
+The student's own part, −[log π_old − log π_ref], is left out: it answers the teachers, and grows as the student follows
+them, so that with it in the denominator the share of an anti-expert would fall while a run goes astray.
 """
 
 from __future__ import annotations
@@ -19,15 +15,17 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tcopd_fast.config import Config
 from tcopd_fast.dist import World
-from tcopd_fast.metrics import advantage_of, contribution, full_advantage
+from tcopd_fast.metrics import contribution
 from tcopd_fast.types import RewardedRollout
 
-GUARDS = "objective.advantage_clamp, objective.logratio_clamp, objective.lambda_warmup_steps or objective.ref_kl_coef"
+GUARDS = (
+    "objective.ref_kl_coef, advantage_clamp, logratio_clamp and lambda_warmup_steps are the guards "
+    "(docs/safety.md says what each does)"
+)
 
 
 def advantage_shares(
@@ -35,30 +33,22 @@ def advantage_shares(
 ) -> dict[str, float]:
     """`reward/<teacher>/advantage_share` of every teacher and `reward/negative_share`. A collective.
 
-    The latter counts only tokens where the teacher's λ is below 0, over all such teachers. Where the reference
-    cancelled and was not run, log π_old stands in for it, so that s_t is the judge's term alone. NaN when nothing
-    contributes, or when a logprob is not finite.
+    The latter counts only tokens where the teacher's λ is below 0, over all such teachers. A teacher with a base of its
+    own is measured against it; where the reference cancelled and was not run, log π_old stands in for it. NaN when
+    nothing contributes, or when a logprob is not finite.
 
     rewarded and old (float32 [L] each, log π_old) are this rank's, in the same order.
     """
-    sums = {f"teacher/{name}": 0.0 for name in config.teachers} | {"negative": 0.0, "all": 0.0}
+    sums = {f"teacher/{name}": 0.0 for name in config.teachers} | {"negative": 0.0}
     for item, old_logprob in zip(rewarded, old, strict=True):
-        full = full_advantage(item, old_logprob).double()
-        clamped = advantage_of(config, item, old_logprob).double()
-        kept = torch.where(full == clamped, 1.0, clamped / full)
-        rest = full
         for name, value in item.lambdas.items():
-            if not value:
-                continue
-            part = contribution(config, item, name, old_logprob).double()
-            rest = rest - part
-            size = float((kept * part.abs()).sum())
-            sums[f"teacher/{name}"] += size
-            sums["all"] += size
-            sums["negative"] += size if value < 0 else 0.0
-        sums["all"] += float((kept * rest.abs()).sum())
+            if value:
+                size = float(contribution(config, item, name, old_logprob).double().abs().sum())
+                sums[f"teacher/{name}"] += size
+                sums["negative"] += size if value < 0 else 0.0
     sums = world.sum(sums)
-    shares = {key: value / sums["all"] if sums["all"] else math.nan for key, value in sums.items()}
+    total = sum(sums[f"teacher/{name}"] for name in config.teachers)
+    shares = {key: value / total if total else math.nan for key, value in sums.items()}
     metrics = {f"reward/{name}/advantage_share": shares[f"teacher/{name}"] for name in config.teachers}
     return metrics | {"reward/negative_share": shares["negative"]}
 
@@ -109,9 +99,9 @@ class Alarms:
         names = ", ".join(f"{name} {metrics[f'reward/{name}/advantage_share']:.3g}" for name in self._negative)
         bound = self._objective.alarm_negative_share
         return (
-            f"warning: step {step}: {share:.3g} of |advantage| comes from teachers with a negative λ ({names}), more "
-            f"than objective.alarm_negative_share={bound:g}: the student mostly learns to avoid them. Bring their "
-            f"objective.lambdas nearer to 0, or set {GUARDS} (docs/safety.md). Later steps are marked in "
+            f"warning: step {step}: {share:.3g} of what the teachers add to the advantage comes from negative λ "
+            f"({names}), more than objective.alarm_negative_share={bound:g}: the student mostly learns what to avoid. "
+            f"Bring negative objective.lambdas nearer to 0; {GUARDS}. Later steps are marked in "
             "reward/alarm_negative_share only."
         )
 
@@ -120,8 +110,8 @@ class Alarms:
         return (
             f"warning: step {step}: the entropy, {entropy:.3g} nats per token, is {entropy / self._first_entropy:.2g} "
             f"of the first step's, less than objective.alarm_entropy_share={self._objective.alarm_entropy_share:g}: "
-            "the student hardly explores any more. Lower learner.lr, bring negative objective.lambdas nearer to 0, or "
-            f"set {GUARDS} (docs/safety.md). Later steps are marked in loss/alarm_entropy only."
+            "the student hardly explores any more. Lower learner.lr or bring negative objective.lambdas nearer to 0; "
+            f"{GUARDS}. Later steps are marked in loss/alarm_entropy only."
         )
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 from tcopd_fast.config import Config, nearest
 from tcopd_fast.config_sections import CheckpointConfig
 from tcopd_fast.dist import World
-from tcopd_fast.errors import UserError
+from tcopd_fast.errors import PeerError, UserError
 from tcopd_fast.types import Prompt
 
 MANIFEST = "manifest.json"
@@ -132,6 +132,36 @@ def save_checkpoint(
         _prune(config)
     world.barrier()
     return None
+
+
+class Saver:
+    """Saves a run's checkpoints, told what every one of them needs.
+
+    failed: saves that failed since the last one that did not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        write: Callable[[Path], Mapping[str, FileSum]],
+        prompts: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._world, self._write, self._prompts, self._say = config, world, write, prompts, say
+        self.failed = 0
+
+    def save(self, step: int, score: float | None = None, must: bool = False) -> None:
+        """Save a checkpoint. A failure is told and counted, or if it `must` be saved a UserError. A collective."""
+        problem = save_checkpoint(self._config, self._world, step, self._write, score, self._prompts)
+        if problem is None:
+            self.failed = 0
+        elif must:
+            goes_on = f"make room, then `tcopd train --resume {self._config.run_dir}` goes on from the newest one"
+            raise (UserError if self._world.is_main else PeerError)(f"{problem}; {goes_on}")
+        else:
+            self.failed += 1
+            self._say(f"WARNING: {problem}; training goes on, the next save tries again")
 
 
 def resume_from(config: Config, world: World, prompts: str, say: Callable[[str], None]) -> int:

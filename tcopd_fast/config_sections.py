@@ -56,7 +56,7 @@ class ServerConfig(Section):
     """A request without an answer for this long is sent again, elsewhere if there is elsewhere."""
     deadline_s: Annotated[float, Field(gt=0, le=1500)] = 1200.0
     """Longest time this model may take to score one step, failures and retries included; the run stops then. Other
-    ranks wait at most 1800 s for one that scores."""
+    ranks wait at most learner.rank_timeout_s for one that scores."""
 
 
 class FrozenModelConfig(Section):
@@ -231,7 +231,8 @@ class ObjectiveConfig(Section):
     ref_kl_coef: NonNegativeFloat = 0.0
     """Coefficient of a KL(student ‖ reference) penalty (k3 estimator)."""
     alarm_negative_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.9
-    """Warn when the teachers with λ < 0 make up more than this share of |advantage| (docs/safety.md); null never does."""
+    """Warn when more than this share of what the teachers add to the advantage comes from negative λ (docs/safety.md);
+    null never does."""
     alarm_entropy_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
     """Warn when the entropy falls below this share of the first step's; null never does."""
     judge_coef: NonNegativeFloat = 0.0
@@ -309,7 +310,8 @@ class JudgeConfig(Section):
     default: str = "math"
     """Judge of every domain that `domains` does not name."""
     domains: dict[str, str] = Field(default_factory=dict)
-    """Judge per domain, for example {math: math, code: code, facts: exact, mine: mypackage.judges:grade}."""
+    """Judge per domain, for example {math: math, code: code, facts: exact, mine: mypackage.judges:grade}. A function of
+    your own runs in worker processes, too."""
     code_timeout_s: PositiveFloat = 10.0
     """code: seconds one test may take, of the clock and of the processor."""
     code_memory_bytes: PositiveInt = 1 << 30

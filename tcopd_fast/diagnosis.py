@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from tcopd_fast.config import Config
+from tcopd_fast.dist import World
+from tcopd_fast.errors import UserError
+from tcopd_fast.learner import UpdateResult
 from tcopd_fast.rundir import write_atomically
 from tcopd_fast.types import RewardedRollout
 
@@ -20,6 +23,41 @@ MAX_RESPONSES = 32
 MAX_TOKENS = 8
 
 Finding = dict[str, Any]
+
+
+def check_finite(
+    config: Config,
+    world: World,
+    step: int,
+    metrics: Mapping[str, float],
+    rewarded: Sequence[RewardedRollout],
+    update: UpdateResult,
+    say: Callable[[str], None],
+) -> None:
+    """Say where a skipped step's numbers went wrong. A collective.
+
+    Raises UserError, leaving diagnosis.json, when learner.max_skipped_steps optimizer steps in a row were skipped or a
+    weight is not finite.
+    """
+    if not update.skipped and update.weights_finite:
+        return
+    findings = [f for share in world.gather(non_finite(rewarded, update.old_logprobs)) for f in share]
+    say(f"step {step}: {in_words(findings)}")
+    if not update.weights_finite:
+        reason = "the optimizer step left weights that are not finite"
+    elif update.skipped_in_a_row >= config.learner.max_skipped_steps:
+        reason = f"{update.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite"
+    else:
+        return
+
+    def give_up() -> None:
+        path = write_diagnosis(config, step, reason, metrics, findings)
+        raise UserError(
+            f"step {step}: {reason}: {in_words(findings)}; see {path}. Earlier checkpoints are untouched: resume from "
+            "the newest with other settings, or delete it to go further back"
+        )
+
+    world.on_main(give_up)
 
 
 def non_finite(rewarded: Sequence[RewardedRollout], old_logprobs: Sequence[Tensor]) -> list[Finding]:

@@ -104,13 +104,13 @@ class World:
     def watching_ranks(self) -> Iterator[None]:
         """Turns the failure of a collective inside the block into a LostRankError that names the missing ranks.
 
-        Every rank that meets a failure answers a roll call over the rendezvous store; one that does not answer in time
-        is gone or hangs. An error that no missing rank explains is raised as it is.
+        Every rank that meets such a failure answers a roll call over the rendezvous store; one that does not answer in
+        time is gone or hangs. Other errors, and one that no missing rank explains, are raised as they are.
         """
         try:
             yield
         except RuntimeError as error:
-            missing = [] if self.size == 1 else _roll_call(self, "lost", self.roll_call_s)
+            missing = _roll_call(self, "lost", self.roll_call_s) if _is_of_a_collective(error) else []
             if not missing:
                 raise
             raise LostRankError(
@@ -183,6 +183,11 @@ def _meet(rank: int, size: int, timeout: timedelta) -> Any:
             "processes, or check that every machine got the same number of ranks and the same MASTER_ADDR"
         )
     return store
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    # gloo's errors are plain RuntimeErrors.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "caused pair closure" in str(error)
 
 
 def _roll_call(world: World, name: str, wait_s: float) -> list[int]:

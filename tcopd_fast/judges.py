@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,7 +17,7 @@ from tcopd_fast import sandbox
 from tcopd_fast.config_sections import JudgeConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.types import Prompt, Rollout
-from tcopd_fast.verify import Judge, boxed_answer
+from tcopd_fast.verify import MEMORY_BYTES, Judge, Worker, ask_all, boxed_answer
 
 _FENCE = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -90,7 +90,7 @@ def _make(kind: str, config: JudgeConfig) -> DomainJudge:
     if kind == "code":
         limits = sandbox.Limits(config.code_timeout_s, max(1, round(config.code_timeout_s)), config.code_memory_bytes)
         return CodeJudge(config.workers, limits)
-    return FunctionJudge(kind)
+    return FunctionJudge(kind, config.workers, config.timeout_s)
 
 
 class ExactJudge:
@@ -118,34 +118,38 @@ def _words(text: str) -> list[str]:
 class FunctionJudge:
     """A user's function (response, answer) -> bool, by import path `package.module:function`.
 
-    It runs in the trainer's process: what it does with a response is its author's to answer for. An exception counts
-    as a wrong answer and is reported once.
+    It runs in `workers` processes of its own, each verdict within timeout_s seconds and memory_bytes beyond what its
+    module takes. A response on which it raises an exception, or breaks a limit, counts as wrong; the first is reported.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, workers: int, timeout_s: float, memory_bytes: int = MEMORY_BYTES) -> None:
         module, _, name = path.partition(":")
         try:
-            self._function: Callable[[str, str], Any] = getattr(importlib.import_module(module), name)
+            getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UserError(
                 f"judge {path}: cannot be imported ({error}); give MODULE:FUNCTION of a module on the Python path"
             ) from error
-        self._path, self._warned = path, False
+        self._path, self._timeout_s, self._warned = path, timeout_s, False
+        self._workers = [Worker(timeout_s, memory_bytes, path) for _ in range(workers)]
 
     def many(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        return [self._one(response, answer) for response, answer in pairs]
+        replies = ask_all(self._workers, Worker.reply, pairs)
+        troubles = [self._trouble(reply) for reply in replies if reply not in ("0", "1")]
+        if troubles and not self._warned:
+            warnings.warn(f"judge {self._path}: {troubles[0]} on a response, counted as wrong", stacklevel=2)
+            self._warned = True
+        return [reply == "1" for reply in replies]
 
-    def _one(self, response: str, answer: str) -> bool:
-        try:
-            return bool(self._function(response, answer))
-        except Exception as error:  # the response is the model's: one that breaks the function is wrong, not fatal
-            if not self._warned:
-                warnings.warn(f"judge {self._path}: {error!r} on a response, counted as wrong", stacklevel=2)
-                self._warned = True
-            return False
+    def _trouble(self, reply: str | None) -> str:
+        if reply is None:
+            return f"no verdict within judge.timeout_s={self._timeout_s:g} s and its memory limit"
+        return reply.removeprefix("0 ")
 
     def close(self) -> None:
-        """Nothing is held."""
+        """End the worker processes; a later call starts new ones."""
+        for worker in self._workers:
+            worker.stop()
 
 
 class CodeJudge:

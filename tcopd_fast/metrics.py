@@ -101,14 +101,9 @@ def token_samples(
     return records
 
 
-def full_advantage(item: RewardedRollout, old_logprob: Tensor) -> Tensor:
-    """A = r − (log π_old − log π_ref) before any clamp of it: float32 [L]."""
-    return item.reward - (old_logprob - item.ref_logprob)
-
-
 def advantage_of(config: Config, item: RewardedRollout, old_logprob: Tensor) -> Tensor:
     """A = r − (log π_old − log π_ref), clamped as configured: float32 [L]."""
-    advantage = full_advantage(item, old_logprob)
+    advantage = item.reward - (old_logprob - item.ref_logprob)
     clamp = config.objective.advantage_clamp
     return advantage if clamp is None else advantage.clamp(-clamp, clamp)
 

@@ -31,11 +31,6 @@ class Stop:
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
-    def ignore(self) -> None:
-        """The run is over: a late signal no longer matters."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
     def check(self) -> None:
         """Raise StopRequested when a signal has come."""
         if self.requested is not None:

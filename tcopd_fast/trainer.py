@@ -20,11 +20,11 @@ from tcopd_fast.alarm import Alarms, advantage_shares, first_entropy
 from tcopd_fast.batch import build_minibatches, shard
 from tcopd_fast.config import Config, longest_sequence
 from tcopd_fast.data import load_eval_sets, load_prompts
-from tcopd_fast.diagnosis import in_words, non_finite, write_diagnosis
+from tcopd_fast.diagnosis import check_finite
 from tcopd_fast.dist import World, init_world
-from tcopd_fast.errors import PeerError, UserError
+from tcopd_fast.errors import UserError
 from tcopd_fast.judges import Judges
-from tcopd_fast.learner import Learner, UpdateResult
+from tcopd_fast.learner import Learner
 from tcopd_fast.metrics import routing_metrics, step_metrics, token_samples
 from tcopd_fast.models import ModelSet, check_models
 from tcopd_fast.monitor import MetricsLog, Progress, StageClock
@@ -35,7 +35,7 @@ from tcopd_fast.rollout.build import build_engine
 from tcopd_fast.scoring import ModelKey, Scorer
 from tcopd_fast.scoring.lora import check_adapters
 from tcopd_fast.stop import Stop, StopRequested
-from tcopd_fast.types import Prompt, RewardedRollout, Rollout, ScoredRollout
+from tcopd_fast.types import Prompt, Rollout, ScoredRollout
 from tcopd_fast.weight_sync import LearnerWeights, sync_weights
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def train(config: Config, resume: bool = False, stop: Stop | None = None) -> Non
                 config, step + 1, rewarded, update.old_logprobs, decode, config.logging.token_samples
             )
             run.report_step(step + 1, metrics, samples)
-            run.check_finite(step + 1, metrics, rewarded, update)
+            check_finite(config, world, step + 1, metrics, rewarded, update, parts.progress.message)
             run.finish_step(step + 1)
 
 
@@ -318,7 +318,9 @@ class _Run:
         self.config = config
         self.inputs = inputs
         self.parts = parts
-        self.failed_saves = 0
+        self.saver = checkpoints.Saver(
+            config, parts.world, parts.learner.save, inputs.fingerprint, parts.progress.message
+        )
 
     def __enter__(self) -> _Run:
         return self
@@ -334,7 +336,7 @@ class _Run:
         metrics |= self.parts.world.max(self.parts.clock.collect())
         flags, warnings = self.parts.alarms.check(step, metrics)
         metrics |= flags
-        metrics["learner/failed_saves"] = self.failed_saves
+        metrics["learner/failed_saves"] = self.saver.failed
         self.parts.log.log_tokens(samples)
         self.parts.log.log(step, metrics)
         self.parts.progress.step(step, metrics)
@@ -345,39 +347,13 @@ class _Run:
         for warning in warnings:
             self.parts.progress.message(warning)
 
-    def check_finite(
-        self, step: int, metrics: dict[str, Any], rewarded: Sequence[RewardedRollout], update: UpdateResult
-    ) -> None:
-        """Say where a skipped step's numbers went wrong. Raises UserError, leaving diagnosis.json, when many steps in a
-        row were skipped or a weight is not finite."""
-        if not update.skipped and update.weights_finite:
-            return
-        world, limit = self.parts.world, self.config.learner.max_skipped_steps
-        findings = [f for share in world.gather(non_finite(rewarded, update.old_logprobs)) for f in share]
-        self.parts.progress.message(f"step {step}: {in_words(findings)}")
-        if update.weights_finite and update.skipped_in_a_row < limit:
-            return
-        if update.weights_finite:
-            reason = f"{update.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite"
-        else:
-            reason = "the optimizer step left weights that are not finite"
-        world.on_main(lambda: self.give_up(step, reason, metrics, findings))
-
-    def give_up(self, step: int, reason: str, metrics: dict[str, Any], findings: list[dict[str, Any]]) -> None:
-        """Write the diagnosis and raise UserError. On the main process."""
-        path = write_diagnosis(self.config, step, reason, metrics, findings)
-        raise UserError(
-            f"step {step}: {reason}: {in_words(findings)}; see {path}. Earlier checkpoints are untouched: resume from "
-            "the newest with other settings, or delete it to go further back"
-        )
-
     def stopped(self, step: int) -> bool:
         """Whether some rank was asked to stop; the student after `step` steps is then saved. A collective."""
         parts = self.parts
         if not parts.world.max({"stop": float(parts.stop.requested is not None)})["stop"]:
             return False
         if step and not parts.world.on_main(lambda: step in checkpoints.checkpoint_steps(self.config.run_dir)):
-            self.save(step, None, must=True)
+            self.saver.save(step, must=True)
         saved = f"saved after step {step} of {self.config.steps}" if step else "nothing trained yet"
         parts.progress.message(f"stopped as asked: {saved}; go on with `tcopd train --resume {self.config.run_dir}`")
         return True
@@ -393,22 +369,7 @@ class _Run:
         every = self.config.checkpoint.every
         due = last or bool(every and step % every == 0)
         if due or self.parts.world.on_main(lambda: checkpoints.is_among_best(self.config, score)):
-            self.save(step, score, must=last)
-
-    def save(self, step: int, score: float | None, must: bool) -> None:
-        """Save a checkpoint. A failure is counted and told, the run goes on; UserError when it must be saved."""
-        world = self.parts.world
-        problem = checkpoints.save_checkpoint(
-            self.config, world, step, self.parts.learner.save, score, self.inputs.fingerprint
-        )
-        if problem is None:
-            self.failed_saves = 0
-        elif must:
-            goes_on = f"make room, then `tcopd train --resume {self.config.run_dir}` goes on from the newest one"
-            raise (UserError if world.is_main else PeerError)(f"{problem}; {goes_on}")
-        else:
-            self.failed_saves += 1
-            self.parts.progress.message(f"WARNING: {problem}; training goes on, the next save tries again")
+            self.saver.save(step, score, must=last)
 
     def self_check(self, scored: Sequence[ScoredRollout], old_logprobs: Sequence[Tensor]) -> None:
         """Compare the learner's first logprobs with the same weights as a frozen model. Raises UserError.

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
+from typing import TypeVar
 
 from tcopd_fast.errors import UserError
 from tcopd_fast.verify_worker import READY
@@ -46,8 +47,14 @@ _START = (
     "import sys; sys.path[:] = sys.argv[3:]; from tcopd_fast.verify_worker import main; "
     "main(float(sys.argv[1]), int(sys.argv[2]))"
 )
+_START_FUNCTION = (
+    "import sys; sys.path[:] = sys.argv[4:]; from tcopd_fast.verify_worker import serve_function; "
+    "serve_function(sys.argv[3], float(sys.argv[1]), int(sys.argv[2]))"
+)
 
 _Question = tuple[str, str, bool]
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 
 def judge(response: str, answer: str, timeout_s: float = 5.0) -> bool:
@@ -112,7 +119,7 @@ class Judge:
     """
 
     def __init__(self, workers: int = 1, timeout_s: float = 5.0, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._workers = [_Worker(timeout_s, memory_bytes) for _ in range(workers)]
+        self._workers = [Worker(timeout_s, memory_bytes) for _ in range(workers)]
         self._cache: OrderedDict[_Question, bool] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -126,7 +133,7 @@ class Judge:
             questions = [_question(response, answer) for response, answer in pairs]
             verdicts = [self._known(question) for question in questions]
             unknown = list(dict.fromkeys(q for q, verdict in zip(questions, verdicts, strict=True) if verdict is None))
-            answered = dict(zip(unknown, self._ask(unknown), strict=True))
+            answered = dict(zip(unknown, ask_all(self._workers, Worker.ask, unknown), strict=True))
             self._cache.update(answered)
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)
@@ -155,37 +162,45 @@ class Judge:
             verdict = self._cache[question]
         return verdict
 
-    def _ask(self, questions: list[_Question]) -> list[bool]:
-        if len(questions) <= 1 or len(self._workers) == 1:
-            return [self._workers[0].ask(question) for question in questions]
-        idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in self._workers:
+
+def ask_all(workers: Sequence[Worker], ask: Callable[[Worker, Q], R], questions: Sequence[Q]) -> list[R]:
+    """`ask(worker, question)` for every question, in order, each worker busy with one at a time."""
+    if len(questions) <= 1 or len(workers) == 1:
+        return [ask(workers[0], question) for question in questions]
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def ask_next_idle(question: Q) -> R:
+        worker = idle.get()
+        try:
+            return ask(worker, question)
+        finally:
             idle.put(worker)
 
-        def ask(question: _Question) -> bool:
-            worker = idle.get()
-            try:
-                return worker.ask(question)
-            finally:
-                idle.put(worker)
-
-        with ThreadPoolExecutor(len(self._workers)) as threads:
-            return list(threads.map(ask, questions))
+    with ThreadPoolExecutor(len(workers)) as threads:
+        return list(threads.map(ask_next_idle, questions))
 
 
-class _Worker:
+class Worker:
     """One child process, restarted when it is needed and not there.
 
     A plain subprocess, not multiprocessing: that would import the trainer's main module, and with it torch, again.
+    function: MODULE:FUNCTION that gives the verdicts; math-verify when None.
     """
 
-    def __init__(self, timeout_s: float, memory_bytes: int) -> None:
+    def __init__(self, timeout_s: float, memory_bytes: int, function: str | None = None) -> None:
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
+        self._function = function
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, question: _Question) -> bool:
+    def ask(self, question: Sequence[str | bool]) -> bool:
         """The child's verdict; False when it exceeds its limits or dies."""
+        return self.reply(question) == "1"
+
+    def reply(self, question: Sequence[str | bool]) -> str | None:
+        """The child's line, "1" or "0" and perhaps a remark; None when it exceeds its limits or dies."""
         process = self._process or self._start()
         assert process.stdin is not None
         try:
@@ -197,7 +212,7 @@ class _Worker:
             reply = None
         if reply is None:
             self.stop()
-        return reply == "1"
+        return reply
 
     def stop(self) -> None:
         """Kill the child, if there is one."""
@@ -212,8 +227,9 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         limits = (str(self._timeout_s), str(self._memory_bytes))
+        start = [_START, *limits] if self._function is None else [_START_FUNCTION, *limits, self._function]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, *limits, *sys.path],
+            [sys.executable, "-c", *start, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -222,10 +238,10 @@ class _Worker:
         reply = _read_line(self._process, START_TIMEOUT_S)
         if reply != READY:
             self.stop()
-            raise UserError(
-                f"judge: its worker process does not start ({reply or 'no reply'}); install math-verify, or leave "
-                "answers out of the data"
-            )
+            name, remedy = "judge", "install math-verify, or leave answers out of the data"
+            if self._function is not None:
+                name, remedy = f"judge {self._function}", "make it importable by a process of its own"
+            raise UserError(f"{name}: its worker process does not start ({reply or 'no reply'}); {remedy}")
         return self._process
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -88,10 +87,3 @@ def _train(words: list[str], log: str, environment: Mapping[str, str], folder: s
 
     torch.set_num_threads(1)
     sys.exit(main(words))
-
-
-def sleep(response: str, answer: str) -> bool:
-    """A judge that hangs."""
-    print("judging", flush=True)
-    time.sleep(3600)
-    return True

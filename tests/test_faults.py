@@ -20,6 +20,8 @@ from running import ROOT, learning, lines, write_config
 
 from tcopd_fast.checkpoints import FILES, checkpoint_dir, checkpoint_steps
 from tcopd_fast.cli import main
+from tcopd_fast.diagnosis import in_words, keys_to_look_at, non_finite
+from tcopd_fast.types import Prompt, RewardedRollout, Rollout, ScoredRollout
 
 COMMON = {
     "steps": 40,
@@ -177,9 +179,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny, tmp_path):
 
 def test_a_second_signal_ends_at_once(tiny, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    hang = {"domains": {"even": "forked:sleep", "odd": "forked:sleep"}}
-    [process] = start_forked(config_of(tiny, run_dir, judge=hang, eval={"data": []}), log)
-    wait_until(lambda: "judging" in log.read_text(), process)
+    hang = {"default": "user_judges:never", "timeout_s": 3600.0}
+    words = config_of(tiny, run_dir, judge=hang, eval={"data": []})
+    [process] = start_forked(words, log, JUDGING=str(tmp_path / "judging"))
+    wait_until((tmp_path / "judging").exists, process)
     process.terminate()
     process.join(4)
     assert process.exitcode is None, "it waits for the end of the step"
@@ -189,10 +192,11 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["tcopd train", "its process group"])
-def test_a_signal_to_the_command_stops_all_ranks_under_the_launcher(tiny, tmp_path, whom):
+@pytest.mark.parametrize(("whom", "ranks"), [("tcopd train", 2), ("its process group", 1)])
+def test_a_signal_to_the_command_stops_all_ranks_under_the_launcher(tiny, tmp_path, whom, ranks):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "tcopd_fast.cli", "train", *config_of(tiny, run_dir, steps=1000), "--ranks", "2"]
+    command = [sys.executable, "-m", "tcopd_fast.cli", "train", *config_of(tiny, run_dir, steps=1000)]
+    command += ["--ranks", str(ranks)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -254,6 +258,39 @@ def test_nan_from_a_teacher_skips_steps_and_ends_with_a_diagnosis(tiny, tmp_path
             torch.testing.assert_close(weights[name], expected, atol=0, rtol=0)
 
 
+def rewarded(**broken) -> tuple[RewardedRollout, torch.Tensor]:
+    """One response of three tokens; each keyword puts a number into the third token of that source."""
+
+    def values(source: str) -> torch.Tensor:
+        return torch.tensor([-1.0, -2.0, broken.get(source, -3.0)])
+
+    prompt = Prompt("p7", "math", (1,), "", "1", "")
+    rollout = Rollout(prompt, 0, (4, 5, 6), values("rollout"), "stop", 0, "")
+    teachers, bases = {"expert": values("teacher"), "anti": values("fine")}, {"expert": values("base")}
+    scored = ScoredRollout(rollout, values("reference"), teachers, bases, None)
+    return RewardedRollout(scored, values("reward"), values("reference"), {}, None), values("learner")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "key"),
+    [
+        ("rollout", "rollout", "rollout.engine"),
+        ("learner", "learner", "learner.lr"),
+        ("reference", "reference", "reference"),
+        ("teacher", "teacher expert", "teachers.expert.path"),
+        ("base", "base of expert", "teachers.expert.base"),
+        ("reward", "reward", "objective.logratio_clamp"),
+    ],
+)
+def test_every_source_of_a_number_that_is_not_finite_is_named(source, name, key):
+    fine, broken = rewarded(), rewarded(**{source: float("-inf")})
+    findings = non_finite(*zip(fine, broken, strict=True))
+    token = {"position": 2, "token_id": 6, "value": "-inf"}
+    common = {"prompt_id": "p7", "domain": "math", "sample": 0, "count": 1, "tokens": [token]}
+    assert findings == [{"source": name, **common}] and key in keys_to_look_at(findings)
+    assert in_words(findings) == f"{name} gave numbers that are not finite (1 response, first prompt p7)"
+
+
 def test_weights_that_overflow_end_the_run_before_they_are_saved(tiny, tmp_path):
     huge = {"lr": 3e38, "weight_decay": 1.0, "betas": [0.0, 0.999], "warmup_steps": 0}
     words = config_of(tiny, tmp_path / "run", learner=huge, eval={"data": []})
@@ -312,6 +349,18 @@ def test_a_file_system_without_room_costs_no_checkpoint(tiny, whole, tmp_path):
         for path in (run_dir / "metrics.jsonl", whole / "metrics.jsonl")
     ]
     assert rows[0] == rows[1]
+
+
+def test_a_log_that_cannot_be_written_is_one_message(tiny, whole, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    [process] = start_forked(config_of(tiny, run_dir), log)
+    wait_until(lambda: len(checkpoint_steps(run_dir)) == 2, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    process.join(60)
+    assert process.exitcode == 2 and "Traceback" not in log.read_text(), log.read_text()
+    assert f"error: {run_dir}: File too large; make room, then continue with `tcopd train --resume" in log.read_text()
+    run_forked(["--resume", str(run_dir)], log)
+    same_training(run_dir, whole)
 
 
 def test_a_full_disk_at_the_last_save_is_one_message(tiny, tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from tcopd_fast import sandbox
 from tcopd_fast.config_sections import JudgeConfig
 from tcopd_fast.errors import UserError
-from tcopd_fast.judges import CodeJudge, ExactJudge, Judges, code_tests, program_of
+from tcopd_fast.judges import CodeJudge, ExactJudge, FunctionJudge, Judges, code_tests, program_of
 from tcopd_fast.types import Prompt, Rollout
 
 LIMITS = sandbox.Limits(wall_s=10.0, cpu_s=5, memory_bytes=512 << 20)
@@ -166,6 +168,33 @@ def test_every_domain_has_its_own_judge():
     ]
     with Judges(config) as judges, pytest.warns(UserWarning, match="ZeroDivisionError.*counted as wrong"):
         assert judges.rollouts(items) == [True, False, True, True, True, None, False]
+
+
+def test_exact_judge_reads_a_megabyte():
+    long = "7 " * 500_000
+    pairs = [
+        ("\\boxed{" + long + "}", "7"),
+        (long, long),
+        ("{" * 1_000_000 + "\\boxed{7}", "7"),
+        ("\n" * 1_000_000, "7"),
+    ]
+    assert ExactJudge().many(pairs) == [False, True, True, False]
+
+
+def test_a_function_is_killed_when_it_hangs_or_eats_memory():
+    responses = ["8", "hang", "spin", "8", "eat", "exit", "9" * 1_000_000, "x", "8", "9"]
+    judge = FunctionJudge("user_judges:hostile", workers=2, timeout_s=1.0)
+    with pytest.warns(UserWarning, match=r"no verdict within judge.timeout_s=1 s and its memory limit on a response"):
+        verdicts = judge.many([(response, "8") for response in responses])
+    judge.close()
+    assert verdicts == [True, False, False, True, False, False, False, False, True, False]
+
+
+def test_a_function_that_only_the_trainer_can_import_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "only_here", types.SimpleNamespace(grade=same_length))
+    judge = FunctionJudge("only_here:grade", workers=1, timeout_s=1.0)
+    with pytest.raises(UserError, match=r"judge only_here:grade: its worker process does not start .*only_here"):
+        judge.many([("a", "b")])
 
 
 @pytest.mark.parametrize("kind", ["nonsense", "a b:c", "os.system"])

@@ -131,10 +131,11 @@ def test_a_placement_per_teacher_overrides_that_of_all(tiny, tmp_path):
 
 
 def test_a_delta_teacher_scores_like_its_checkpoint_bit_for_bit(tiny, tmp_path, rl_delta, monkeypatch):
-    def config(teacher, **options):
+    def config(teacher, everyone="auto", **options):
         return config_for(
             tiny,
             tmp_path,
+            scoring={"placement": everyone},
             model={"path": str(rl_delta / "base"), "dtype": "bfloat16"},
             teachers={"expert": {"path": str(rl_delta / teacher), **options}, "anti": {"path": str(tiny.anti)}},
         )
@@ -148,6 +149,8 @@ def test_a_delta_teacher_scores_like_its_checkpoint_bit_for_bit(tiny, tmp_path, 
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert not torch.equal(expected[0], expected[1]), "base and teacher must differ"
     monkeypatch.undo()
+    _, on_offloaded = scores(config("delta", "offload", placement="delta"))
+    assert all(torch.equal(a, b) for a, b in zip(on_offloaded, expected, strict=True))
     _, from_files = scores(config("delta", delta_base=str(rl_delta / "base"), dtype="float32"))
     _, converted = scores(config("teacher", dtype="float32"))
     assert all(torch.equal(a, b) for a, b in zip(from_files, converted, strict=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 
@@ -212,7 +213,7 @@ def test_placements_cost_what_they_hold(parts):
     size = frozen[0].nbytes
     resident, sharded, offload = held("resident"), held("sharded"), held("offload")
     assert resident.always - sharded.always == len(frozen) * (size - -(-size // 2 // 4) * 4)
-    assert resident.always - offload.always == len(frozen) * size - 2 * frozen[0].group
+    assert resident.always - offload.always == len(frozen) * size
     # Each of two ranks pins every model, every tensor rounded up to a power of two.
     assert 2 * len(frozen) * size <= offload.host_total <= 4 * len(frozen) * size
     assert held("server").always == resident.always - len(frozen) * size
@@ -260,6 +261,32 @@ def test_given_placements_are_kept_and_a_base_follows_its_teacher(tiny, tmp_path
     tight = place(config, shapes[config.model.path], frozen, work, Cluster(2, 1))
     found = {model.roles[0]: model.placement for model in tight.frozen}
     assert found["expert"] == found["expert.base"] == "offload"
+
+
+def test_an_adapter_takes_its_factors_and_a_base_that_is_not_sharded(tiny, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8, "r": 4}))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{name}.lora_A.weight": torch.zeros(4, 32), f"{name}.lora_B.weight": torch.zeros(128, 4)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = validate(tiny.tree(tmp_path / "run", teachers={"expert": {"path": str(adapter)}}), Config)
+    shapes = shapes_of(config, {})
+    frozen, work = frozen_models(config, shapes), workload_of(config, 2)
+    assert [model.placement for model in frozen] == [None, "lora", None]
+    assert frozen[1].nbytes == sum(t.nbytes for t in factors.values()) and not frozen[0].shardable
+    student = shapes[config.model.path]
+    best = place(config, student, frozen, work, Cluster(2, HUGE))
+    assert best.memory.held["expert: factors"] == frozen[1].nbytes
+    for _ in range(4):
+        best = place(config, student, frozen, work, Cluster(2, best.memory.peak - 1))
+        assert best.frozen[0].placement in ("resident", "offload") and best.frozen[1].placement == "lora"
+    # Of another base than the reference a copy is loaded.
+    tree = tiny.tree(tmp_path / "run", teachers={"expert": {"path": str(adapter), "delta_base": str(tiny.anti)}})
+    del tree["teachers"]["anti"], tree["objective"]["lambdas"]["anti"]
+    config = validate(tree, Config)
+    roles = [model.roles for model in frozen_models(config, shapes_of(config, {}))]
+    assert roles == [("reference",), ("base of adapters",), ("expert",)]
 
 
 def test_host_memory_can_forbid_offload(parts):

@@ -103,6 +103,8 @@ def test_the_block_holds_every_series_and_says_where_it_is_from(data, tmp_path):
     assert rows[1] == "| offload | 50 | 51 | 54 | +1.0 | **flat** | 1.00 | 0 |"
     assert "| delta | 0.5" in block and "5.0 % |" in block and "3.5 %" in block
     assert "commit `aaaaaaaaa`; 2026-01-02; `python b.py`" in block and "[t.json](r/t.json)" in block
+    short = report.readme_block([(data, "r/t.json", "")])
+    assert "resident +200.0, offload +1.0, sharded, 2 ranks +100.0." in short and "delta 5.0 %" in short
     doc = tmp_path / "d.md"
     doc.write_text(f"x\n{report.BEGIN}\nold\n{report.END}\ny\n")
     report.insert(doc, block, report.BEGIN, report.END)
@@ -202,14 +204,16 @@ def test_the_judge_reads_the_first_line_only():
     assert first_line(" 14\n4+5=9", "14") and not first_line("15\n14", "14") and not first_line("", "14")
 
 
-def block_of(begin: str, end: str) -> str:
-    return DOC.read_text(encoding="utf-8").split(f"{begin}\n")[1].split(f"\n{end}")[0]
+def block_of(begin: str, end: str, doc: Path = DOC) -> str:
+    return doc.read_text(encoding="utf-8").split(f"{begin}\n")[1].split(f"\n{end}")[0]
 
 
 def test_the_documents_memory_tables_are_those_of_their_json():
     runs = teacher_memory.runs_to_report()
     if runs:
         assert block_of(report.BEGIN, report.END) == report.memory_block(runs)
+        expected = report.readme_block(teacher_memory.from_root(runs))
+        assert block_of(report.README_BEGIN, report.README_END, ROOT / "README.md") == expected
 
 
 def test_the_documents_delta_sizes_are_those_of_their_json():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -114,6 +115,11 @@ HOSTILE = [
     "\\boxed{" * 20_000,
     "\\boxed{" + "\\frac{1}{" * 300 + "2" + "}" * 301,
     "\\boxed{" + "1" * 1_000_000 + "}",
+    "1" * 1_000_000,
+    "\\boxed{" + "1+" * 500_000 + "1}",
+    "\\boxed{" + "{" * 500_000 + "}" * 500_000 + "}",
+    "\\boxed{" + "1" * 8000 + "^{" + "9" * 100 + "}}",
+    "\\boxed{" + "\\sqrt{" * 1000 + "2" + "}" * 1001,
     "\\boxed{\\frac{1}{",
     "\\boxed{\\left(\\sqrt[}",
     "\\boxed{\x00}",
@@ -181,7 +187,7 @@ def test_repeated_questions_are_asked_once(monkeypatch):
         asked.append(question)
         return True
 
-    monkeypatch.setattr(verify._Worker, "ask", ask)
+    monkeypatch.setattr(verify.Worker, "ask", ask)
     monkeypatch.setattr(verify, "CACHE_SIZE", 2)
     judge = Judge()
     half = (r"\boxed{\frac{1}{2}}", "0.5")
@@ -262,6 +268,15 @@ def test_worker_dies_with_a_killed_parent():
     while _is_running(worker):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_stop_signal_to_the_whole_tree_costs_no_verdict():
+    """A launcher passes SIGTERM to every process below it while the trainer still finishes its step."""
+    with Judge(timeout_s=20.0) as judge:
+        judge.many([(r"\boxed{\frac{1}{2}}", "0.5")])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            judge._workers[0]._process.send_signal(number)
+        assert judge.many([(r"\boxed{\frac{1}{4}}", "0.25")]) == [True]
 
 
 def _is_running(pid: int) -> bool:

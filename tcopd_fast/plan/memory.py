@@ -90,7 +90,7 @@ def memory_of(config: Config, student: Shape, frozen: Sequence[Frozen], work: Wo
                 "buckets": zero.backward,
                 "activations and gradients": learn.backward,
             },
-            {"gradients and their reduction": zero.reduce},
+            {"gathered weights": zero.gathered, "gradients and their reduction": zero.reduce},
             {"gradients and Adam's temporaries": zero.update},
         ),
         "weight_sync": {"gathered weights": zero.sync},
@@ -158,9 +158,6 @@ def _scoring_bytes(
         activations = forward_bytes(student, config.model.dtype, tokens, work.predicted_of(tokens))
         moments.append({"gathered weights": zero.gathered, "activations of log π_old": activations})
     tokens = work.packed(work.scoring_budget)
-    streamed = [model for model in frozen if model.placement in ("offload", "delta")]
-    if any(model.placement == "offload" for model in streamed) and not cluster.on_cpu:
-        held["streaming slots"] = 2 * max(m.group for m in streamed if m.placement == "offload")
     for model in frozen:
         name = ", ".join(model.roles)
         parts: dict[str, int] = {}
@@ -176,10 +173,15 @@ def _scoring_bytes(
         else:
             trip = work.packed(work.trip_budget)
             parts["hidden states of a trip"] = trip * model.shape.hidden * model.itemsize
-            if model.placement == "delta":
-                parts["base and rebuilt layer"] = 2 * model.group
+            if model.placement == "lora":
+                held[f"{name}: factors"] = model.nbytes
+            if model.placement in ("delta", "lora"):
+                parts["a layer and its base's"] = 2 * model.group
             elif cluster.on_cpu:
                 parts["a layer, or the head"] = model.group
+            else:
+                # While one group computes the next one is copied: two layers, or the last one and the head.
+                parts["a layer and the next"] = model.shape.layer * model.itemsize + model.group
         moments.append(parts)
     return held, _fullest(*moments)
 

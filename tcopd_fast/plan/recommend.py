@@ -45,6 +45,7 @@ def place(config: Config, student: Shape, frozen: Sequence[Frozen], work: Worklo
     tried: list[tuple[str, int]] = []
     while True:
         kinds = {i: order[level] for i, level in levels.items()}
+        kinds = {i: kind if kind != "sharded" or frozen[i].shardable else "offload" for i, kind in kinds.items()}
         kinds |= {i: kinds[leader] for i, leader in leaders.items() if leader in kinds}
         chosen = tuple(replace(m, placement=kinds[i]) if i in kinds else m for i, m in enumerate(frozen))
         memory = memory_of(config, student, chosen, work, cluster)

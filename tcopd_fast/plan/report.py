@@ -53,8 +53,8 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
 def _time_rows(plan: Plan) -> list[list[str]]:
     rows = [["stage", "time", "bound by", "TFLOP", "GB moved"]]
     for name, cost in plan.costs.items():
-        moved = ", ".join(f"{link} {size / 1e9:.3g}" for link, size in cost.traffic.items() if size) or "–"
-        rows.append([name, seconds(cost.seconds), cost.bound, f"{cost.flops / 1e12:.3g}", moved])
+        moved = ", ".join(f"{link} {number(size / 1e9)}" for link, size in cost.traffic.items() if size) or "–"
+        rows.append([name, seconds(cost.seconds), cost.bound, number(cost.flops / 1e12), moved])
     return rows
 
 
@@ -63,7 +63,7 @@ def _placement_rows(plan: Plan) -> list[list[str]]:
     for model in plan.placed.frozen:
         cost = plan.costs[f"scoring: {', '.join(model.roles)}"]
         passed = plan.work.packed(
-            plan.work.trip_budget if model.placement in ("offload", "delta") else plan.work.scoring_budget
+            plan.work.trip_budget if model.placement in ("offload", "delta", "lora") else plan.work.scoring_budget
         )
         hidden = "–"
         if cost.break_even:
@@ -145,6 +145,11 @@ def plan_json(plan: Plan, title: str, gpu: str) -> dict[str, Any]:
         "speed": vars(plan.speed),
         "remedies": [{"overrides": list(r.overrides), "peak_bytes": r.placed.memory.peak} for r in plan.remedies],
     }
+
+
+def number(value: float) -> str:
+    """Three digits, all of them from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def gb(size: float) -> str:

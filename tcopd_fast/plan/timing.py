@@ -70,8 +70,11 @@ def scoring_cost(model: Frozen, work: Workload, cluster: Cluster, speed: Speed) 
         return Cost(0.0, "other processes")
     length = work.prompt + work.response
     flops = forward_flops(model.shape, work.tokens, work.predicted, length)
+    trips = ceil(work.tokens / work.packed(work.trip_budget))
+    if model.placement == "lora":
+        # The base is read and the sum written once per trip, on the device.
+        return slowest(speed, flops, hbm=trips * 2 * model.shape.weights * model.itemsize)
     if model.placement in ("offload", "delta"):
-        trips = ceil(work.tokens / work.packed(work.trip_budget))
         cost = slowest(speed, flops, pcie=trips * model.nbytes)
         # The first layer of a trip is waited for.
         waiting = trips * speed.seconds(model.shape.layer * model.itemsize, "pcie")

@@ -10,11 +10,12 @@ from pathlib import Path
 from tcopd_fast.config import Config
 from tcopd_fast.config_sections import FrozenModelConfig
 from tcopd_fast.errors import UserError
-from tcopd_fast.models import DTYPES, resolve_path
+from tcopd_fast.models import DTYPES, base_path, described_by, is_adapter, resolve_path
 from tcopd_fast.plan.shapes import Shape, read_shape
 from tcopd_fast.reward import reference_ever_needed
-from tcopd_fast.scoring import REFERENCE, same_checkpoint
+from tcopd_fast.scoring import REFERENCE
 from tcopd_fast.scoring.delta import is_delta
+from tcopd_fast.scoring.weights import CheckpointFolder, same_checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,18 @@ def workload_of(config: Config, ranks: int, prompt: float | None = None, respons
 
 @dataclass(frozen=True)
 class Frozen:
-    """One distinct frozen checkpoint: who uses it, its shape, and where it is to live (None: the plan decides)."""
+    """One distinct frozen checkpoint: who uses it, its shape, and where it is to live (None: the plan decides).
+
+    factors: weights that a LoRA adapter adds to its base, whose shape it has. shardable: not the base of an adapter.
+    """
 
     roles: tuple[str, ...]
     path: str
     shape: Shape
     dtype: str
     placement: str | None
+    factors: int = 0
+    shardable: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -102,8 +108,8 @@ class Frozen:
 
     @property
     def nbytes(self) -> int:
-        """All weights in the compute dtype."""
-        return self.shape.weights * self.itemsize
+        """All weights in the compute dtype; of an adapter its factors."""
+        return (self.factors or self.shape.weights) * self.itemsize
 
     @property
     def group(self) -> int:
@@ -113,11 +119,11 @@ class Frozen:
     @property
     def fixed(self) -> bool:
         """Whether its placement follows from what it is."""
-        return self.placement in ("delta", "server")
+        return self.placement in ("delta", "lora", "server")
 
 
 def shapes_of(config: Config, folders: Mapping[str, str]) -> dict[str, Shape]:
-    """Shape of every model path in the configuration.
+    """Shape of every model in the configuration, by the path whose config.json describes it.
 
     folders: folders with a config.json to read in place of what is configured, by role (`student`, `reference`, a
     teacher's name); `""` stands for all models. Raises UserError for a role that does not exist.
@@ -126,7 +132,7 @@ def shapes_of(config: Config, folders: Mapping[str, str]) -> dict[str, Shape]:
     if config.reference is not None:
         paths[REFERENCE] = config.reference.path
     for name, teacher in config.teachers.items():
-        paths[name] = teacher.path
+        paths[name] = described_by(config, teacher)
         if teacher.base is not None:
             paths[f"{name}.base"] = teacher.base
     if unknown := sorted(folders.keys() - paths.keys() - {""}):
@@ -160,10 +166,8 @@ def frozen_models(config: Config, shapes: Mapping[str, Shape], teachers: int | N
         name, copy = active[i % len(active)], i // len(active)
         teacher = config.teachers[name]
         wanted.append((f"{name}#{copy + 1}" if copy else name, teacher, copy))
-        if teacher.base is not None and not copy:
-            here = None if teacher.placement == "server" else teacher.placement
-            base = FrozenModelConfig(path=teacher.base, dtype=teacher.dtype, placement=here)
-            wanted.append((f"{name}.base", base, 0))
+        if not copy and (own_base := teacher.own_base()):
+            wanted.append((f"{name}.base", own_base, 0))
     found: list[tuple[Frozen, int]] = []
     for role, spec, copy in wanted:
         dtype = spec.dtype or config.model.dtype
@@ -172,8 +176,22 @@ def frozen_models(config: Config, shapes: Mapping[str, Shape], teachers: int | N
             model = found[same][0]
             found[same] = (replace(model, roles=(*model.roles, role)), copy)
             continue
-        found.append((Frozen((role,), spec.path, shapes[spec.path], dtype, _placement(config, spec)), copy))
+        placement, factors = _placement(config, spec), 0
+        if placement == "lora":
+            factors = CheckpointFolder(resolve_path(spec.path)).weights()
+            _add_base(found, config, base_path(config, spec), shapes[described_by(config, spec)], dtype)
+        found.append((Frozen((role,), spec.path, shapes[described_by(config, spec)], dtype, placement, factors), copy))
     return tuple(model for model, _ in found)
+
+
+def _add_base(found: list[tuple[Frozen, int]], config: Config, path: str, shape: Shape, dtype: str) -> None:
+    """An adapter's base: a model that is there, which must then not be sharded, or one loaded for adapters alone."""
+    spec = FrozenModelConfig(path=path)
+    for i, (model, copy) in enumerate(found):
+        if not copy and model.dtype == dtype and not model.fixed and _same(model, spec):
+            found[i] = (replace(model, shardable=False), 0)
+            return
+    found.append((Frozen(("base of adapters",), path, shape, dtype, _placement(config, spec), shardable=False), 0))
 
 
 def _same(model: Frozen, spec: FrozenModelConfig) -> bool:
@@ -188,5 +206,7 @@ def _placement(config: Config, spec: FrozenModelConfig) -> str | None:
         return "server"
     if Path(spec.path).expanduser().is_dir() and is_delta(resolve_path(spec.path)):
         return "delta"
+    if is_adapter(spec.path):
+        return "lora"
     placement = spec.placement or config.scoring.placement
     return None if placement == "auto" else placement

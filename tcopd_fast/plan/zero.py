@@ -85,7 +85,7 @@ def zero_bytes(shape: Shape, stage: int, itemsize: int, ranks: int, *, accumulat
         reduce=4 * fill + 4 * -(-fill // ranks),
         update=4 * share + update,
         # A parameter, and the buffer it was gathered in.
-        sync=2 * shape.largest * itemsize if ranks > 1 else 0,
+        sync=2 * shape.largest * itemsize,
     )
 
 

@@ -35,7 +35,7 @@ _LEARNING_CHARTS = (
     ("reward/mean", "Reward r", "nats per token", 1.0),
     ("reward/advantage_mean", "Advantage A, mean", "nats per token", 1.0),
     ("reward/advantage_std", "Advantage A, standard deviation", "nats per token", 1.0),
-    ("reward/negative_share", "Share of the teachers with λ < 0 in the advantage", "%", 100.0),
+    ("reward/negative_share", "Teachers with λ < 0, share of what teachers add to A", "%", 100.0),
     ("loss/effective_sample_size", "Effective sample size", "share of the tokens", 1.0),
     ("learner/grad_norm", "Gradient norm", "before clipping", 1.0),
 )

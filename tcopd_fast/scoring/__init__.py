@@ -71,11 +71,12 @@ class Scorer:
         return wanted
 
     def placements(self) -> list[str]:
-        """One line per distinct model: who it is, where it lives, and why; then who scores what, where they differ."""
-        lines = {
-            ", ".join(role for role, k in self.roles.items() if k == key): model for key, model in self.models.items()
-        }
-        return [f"{who}: {model.choice.placement} ({model.choice.reason})" for who, model in lines.items()]
+        """One line per distinct model: who it is, where it lives, and why."""
+        return [
+            f"{', '.join(role for role, k in self.roles.items() if k == key)}: {model.choice.placement} "
+            f"({model.choice.reason})"
+            for key, model in self.models.items()
+        ]
 
     def routing(self, domains: Sequence[str]) -> str | None:
         """Which teacher scores which of these domains, in words; None when every teacher scores all of them."""

@@ -212,11 +212,11 @@ class Placer:
 
     def _options(self, dtype: str) -> dict[str, Any]:
         """How every model is loaded."""
-        model, vocab_size = self.config.model, self.models.vocab_size
+        model = self.config.model
         return {
             "dtype": dtype,
             "attention": model.attention,
-            "vocab_size": vocab_size,
+            "vocab_size": self.models.vocab_size,
             "trust_remote_code": model.trust_remote_code,
         }
 
@@ -269,10 +269,10 @@ class Placer:
         return source(local_folder(spec.path), dtype, self.device)
 
     def _base(self, path: str, dtype: torch.dtype) -> WeightSource:
-        """The base's tensors bit for bit: those of a resident copy, if it was not converted, else the files."""
+        """The base's tensors bit for bit: those of a model that is there, if it was not converted, else the files."""
+        files = CheckpointFolder(local_folder(path))
         for held in self.held:
-            same = isinstance(held.weights, ResidentWeights) and DTYPES[held.dtype] == dtype
-            if same and same_checkpoint(held.path, path) and CheckpointFolder(local_folder(path)).dtypes() == {dtype}:
+            if files.dtypes() == {dtype} == {DTYPES[held.dtype]} and same_checkpoint(held.path, path):
                 return held.weights
         return MappedWeights(local_folder(path), None, self.device)
 
