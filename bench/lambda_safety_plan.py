@@ -54,12 +54,14 @@ HARMFUL = (-6.0, "none")
 """λ of the anti-expert and normalizer of the figure."""
 SAMPLED = (NORMAL, Row(*HARMFUL, "none"))
 """Rows whose whole batches are kept, for the distribution of their log-ratios and advantages."""
-GUARDED = ((-1.5, "active"), (-6.0, "active"), HARMFUL)
 ROWS = (
     NORMAL,
+    Row(-1.5, "active", "none"),
+    Row(-1.5, "active", "all"),
     Row(-3.0, "active", "none"),
     Row(-3.0, "none", "none"),
-    *(Row(*setting, guard) for setting in GUARDED for guard in GUARDS),
+    Row(-6.0, "active", "none"),
+    *(Row(*HARMFUL, guard) for guard in GUARDS),
 )
 
 

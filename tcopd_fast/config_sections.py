@@ -63,8 +63,8 @@ class FrozenModelConfig(Section):
     """A frozen model that scores sampled tokens: a teacher, or the reference."""
 
     path: str
-    """Hugging Face id, local folder (a delta or a peft LoRA adapter, too), or miniature:NAME. With placement server only
-    its config.json and tokenizer are read, to compare them with the student's."""
+    """Hugging Face id, local folder (a delta or a peft LoRA adapter, too), or miniature:NAME. With placement server
+    only its config.json and tokenizer are read, to compare them with the student's."""
     dtype: Dtype | None = None
     """Compute dtype; the student's when unset."""
     base: str | None = None
