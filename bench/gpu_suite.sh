@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of less than nine and a half minutes: kernel tests, the demo, joint launches of
-# several models (bench/multi_launch.py), memory of teachers (bench/teacher_memory.py), the kernel benchmark.
+# Everything that needs a GPU, in one command of less than nine and a half minutes: kernel tests, the demo, joint
+# launches of several models (bench/multi_launch.py), memory of frozen teachers (bench/teacher_memory.py) and the kernel
+# benchmark.
 #     [OUT=FOLDER] [PYTHON=python3] bash bench/gpu_suite.sh [--dry-run]
-# Writes OUT/summary.json, kernels_gpu.json, multi_launch_gpu.json, teacher_memory_gpu.json, demo.json and one log per step (OUT: bench/results,
-# of a dry run runs/gpu_suite). Nothing is fetched: wheels in .whl/ (bench/wheels.sh) are installed into /tmp/site.
+# Writes OUT/summary.json, kernels_gpu.json, multi_launch_gpu.json, teacher_memory_gpu.json, demo.json and one log per
+# step (OUT: bench/results, of a dry run runs/gpu_suite). Nothing is fetched: wheels in .whl/
+# (bench/wheels.sh) are installed into /tmp/site.
 # --dry-run does the same on the CPU at tiny sizes. GIT_SHA names the commit where the copy has no .git.
 # Exit status 1 when a step failed.
 set -uo pipefail

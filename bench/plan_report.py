@@ -81,11 +81,12 @@ def check_summary(check: Mapping[str, Any]) -> str:
     """The README's sentence."""
     errors = sorted(abs(row["peak_error"]) for row in check["rows"])
     held_out = [abs(row["peak_error"]) for row in check["rows"] if row["held_out"]]
-    stages = [abs(row["error"][stage]) for row in check["rows"] for stage in STAGES]
+    stages = [(abs(row["error"][stage]), f"{stage}, {row['dtype']}") for row in check["rows"] for stage in STAGES]
+    worst, where = max(stages)
     return (
         f"Against {len(errors)} measured runs on a CPU the predicted peak is off by {100 * median(errors):.1f} % in "
         f"the median and {100 * errors[-1]:.1f} % at most (in the {len(held_out)} first run after the model was "
-        f"finished: {100 * max(held_out):.1f} %), single stages by {100 * max(stages):.0f} % at most "
+        f"finished: {100 * max(held_out):.1f} %), single stages by {100 * worst:.0f} % at most ({where}) "
         f"([docs/plan.md](docs/plan.md), [plan_check.json](bench/results/plan_check.json)); no GPU was measured."
     )
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 from tcopd_fast.config import Config, nearest
 from tcopd_fast.config_sections import CheckpointConfig
 from tcopd_fast.dist import World
-from tcopd_fast.errors import PeerError, UserError
+from tcopd_fast.errors import UserError
 from tcopd_fast.types import Prompt
 
 MANIFEST = "manifest.json"
@@ -158,7 +158,7 @@ class Saver:
             self.failed = 0
         elif must:
             goes_on = f"make room, then `tcopd train --resume {self._config.run_dir}` goes on from the newest one"
-            raise (UserError if self._world.is_main else PeerError)(f"{problem}; {goes_on}")
+            raise self._world.agreed(f"{problem}; {goes_on}")
         else:
             self.failed += 1
             self._say(f"WARNING: {problem}; training goes on, the next save tries again")
@@ -178,7 +178,7 @@ def resume_from(config: Config, world: World, prompts: str, say: Callable[[str],
             damaged[step] = manifest
             continue
         if manifest.world_size != world.size:
-            raise UserError(
+            raise world.agreed(
                 f"{folder}: written by {manifest.world_size} ranks, resumed with {world.size}; "
                 f"start {manifest.world_size} ranks"
             )
@@ -189,14 +189,14 @@ def resume_from(config: Config, world: World, prompts: str, say: Callable[[str],
             damaged[step] = problems[0]
             continue
         if manifest.prompts != prompts:
-            raise UserError(
+            raise world.agreed(
                 f"{folder}: the training prompts are not those that the run began with, so its data order cannot be "
                 "continued; restore the files of data.train, or begin a new run from `tcopd export`"
             )
         world.on_main(lambda: _set_aside(config.run_dir, damaged, say))
         return step
     if damaged:
-        raise UserError(
+        raise world.agreed(
             f"{Path(config.run_dir) / 'checkpoints'}: no checkpoint is good "
             f"({'; '.join(f'step {step}: {problem}' for step, problem in damaged.items())}); "
             "delete that folder to begin again from step 0"

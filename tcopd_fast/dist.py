@@ -95,6 +95,10 @@ class World:
             raise refusal or PeerError(outcome[1])
         return outcome[0]
 
+    def agreed(self, message: str) -> UserError:
+        """An error that every rank meets alike, to be raised on all of them: the main process alone reports it."""
+        return UserError(message) if self.is_main else PeerError(message)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

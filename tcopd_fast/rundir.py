@@ -41,8 +41,10 @@ PACKAGES = (
 )
 LOCK = "run.lock"
 SHARED_WAIT_S = 10.0
-# What decides which prompt comes when, and what the optimizer's state belongs to.
-FIXED = ("seed", "data", "rollout.prompts_per_step", "model.path", "model.dtype", "learner.zero_stage")
+# What decides which prompt comes when (the prompts themselves have a fingerprint), and what the checkpoints' form is.
+FIXED = (
+    "seed", "data.shuffle", "data.domain_weights", "rollout.prompts_per_step", "model.dtype", "learner.zero_stage"
+)  # fmt: skip
 
 
 def check_new(config: Config) -> None:
@@ -212,7 +214,7 @@ def check_shared(run_dir: str | Path, world: World, token: str) -> None:
     where = f"rank {world.rank} on {socket.gethostname()} ({Path(run_dir).absolute()})"
     blind = [place for place in world.gather(None if seen else where) if place is not None]
     if blind:
-        raise UserError(
+        raise world.agreed(
             f"run_dir {run_dir}: what rank 0 writes there is not seen by {', '.join(blind[:4])}"
             f"{f' and {len(blind) - 4} more' if len(blind) > 4 else ''}; checkpoints need one folder that all machines "
             "share: give an absolute path on a shared file system"

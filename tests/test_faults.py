@@ -21,6 +21,7 @@ from running import ROOT, learning, lines, write_config
 from tcopd_fast.checkpoints import FILES, checkpoint_dir, checkpoint_steps
 from tcopd_fast.cli import main
 from tcopd_fast.diagnosis import in_words, keys_to_look_at, non_finite
+from tcopd_fast.dist import World, free_port
 from tcopd_fast.types import Prompt, RewardedRollout, Rollout, ScoredRollout
 
 COMMON = {
@@ -447,8 +448,8 @@ def test_a_resume_with_other_data_in_the_file_is_refused(tiny, tmp_path):
     prompts.write_text("".join(reversed(tiny.prompts.read_text().splitlines(keepends=True))))
     text = run_forked(["--resume", str(tmp_path / "run"), "steps=2"], tmp_path / "log2", status=2)
     assert "the training prompts are not those that the run began with" in text
-    prompts.write_text(tiny.prompts.read_text())
-    text = run_forked(["--resume", str(tmp_path / "run"), "steps=2", "learner.lr=0.5"], tmp_path / "log3")
+    moved = f"data.train=[{{path: {tiny.prompts}}}]"
+    text = run_forked(["--resume", str(tmp_path / "run"), "steps=2", "learner.lr=0.5", moved], tmp_path / "log3")
     assert "changed since the run began: learner.lr: 0.001 -> 0.5" in text
 
 
@@ -484,9 +485,17 @@ LIMITS = {"learner": {"rank_timeout_s": 6.0}, "eval": {"data": []}}
 
 
 def test_a_rank_that_never_starts_is_named(tiny, tmp_path):
-    port = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
-    text = run_forked(config_of(tiny, tmp_path / "run", **LIMITS), tmp_path / "log", status=2, **port)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    text = run_forked(config_of(tiny, tmp_path / "run", **LIMITS), tmp_path / "log", status=2, **alone, **meeting)
     assert "error: rank 1 of 2 did not start within 6 s" in text
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_the_launchers_number_of_ranks_here_is_read(monkeypatch, variable):
+    """torchrun's variable and the deepspeed launcher's: ranks of one machine share its memory."""
+    monkeypatch.setenv(variable, "4")
+    assert World(0, 8, torch.device("cpu")).ranks_here == 4
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])

@@ -69,6 +69,12 @@ def digest(tensors: Callable[[str], Tensor], names: Sequence[str]) -> str:
     return total.hexdigest()
 
 
+def checkpoint_digest(path: str) -> str:
+    """`digest` of a whole checkpoint."""
+    files = CheckpointFolder(local_folder(path))
+    return digest(lambda name: files.tensors([name])[name], sorted(files.names()))
+
+
 def make(base: str, teacher: str, out: str | Path) -> Report:
     """Write the difference of the checkpoint `teacher` to `base` into the folder `out`.
 
@@ -99,7 +105,7 @@ def make(base: str, teacher: str, out: str | Path) -> Report:
     rebuilt = Rebuilder(stored, forms)
     metadata = {
         "format": FORMAT,
-        "base_sha256": digest(lambda name: base_files.tensors([name])[name], sorted(base_files.names())),
+        "base_sha256": checkpoint_digest(base),
         "result_sha256": digest(lambda name: rebuilt.tensor(name, _stored(base_files, name)), sorted(names)),
         "forms": json.dumps(forms),
     }
@@ -206,10 +212,8 @@ class DeltaFolder:
         wanted = {f"{name}:{part}" for name in names for part in PARTS[self.forms[name]]}
         return Rebuilder(self.parts.tensors(sorted(wanted)), self.forms)
 
-    def require_base(self, base: str) -> None:
-        """Raises UserError unless `base` holds exactly the weights this delta was made from."""
-        files = CheckpointFolder(local_folder(base))
-        found = digest(lambda name: files.tensors([name])[name], sorted(files.names()))
+    def require_base(self, base: str, found: str) -> None:
+        """Raises UserError unless `base`, of digest `found`, holds exactly the weights this delta was made from."""
         if found != self.base_sha256:
             raise UserError(
                 f"delta {self.path}: made from a base with SHA-256 {self.base_sha256[:12]}…, but {base} has "
@@ -220,7 +224,7 @@ class DeltaFolder:
 def check(path: str, base: str) -> None:
     """Rebuild every tensor from `base` and compare digests. Raises UserError when base or result differ."""
     delta = DeltaFolder(path)
-    delta.require_base(base)
+    delta.require_base(base, checkpoint_digest(base))
     files = CheckpointFolder(local_folder(base))
     found = digest(lambda name: delta.rebuilder([name]).tensor(name, _stored(files, name)), sorted(delta.forms))
     if found != delta.result_sha256:

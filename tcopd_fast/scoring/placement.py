@@ -35,7 +35,8 @@ from tcopd_fast.models import (
     text_config,
 )
 from tcopd_fast.packing import pack, split_by_tokens
-from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, is_delta
+from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, checkpoint_digest, is_delta
+from tcopd_fast.scoring.heap import large_blocks_returned
 from tcopd_fast.scoring.lora import LowRank, LowRankWeights, linear_shapes, other_base, read_adapter
 from tcopd_fast.scoring.server import TeacherClient
 from tcopd_fast.scoring.sharded import ShardedLM
@@ -137,6 +138,7 @@ class Placer:
         self.budget = int(-least["free"] * config.scoring.resident_share)
         self.host_budget = int(-least["host"])
         self.held: list[Held] = []
+        self.digests: dict[str, str] = {}
 
     def place(self, spec: FrozenModelConfig, dtype: str) -> FrozenModel | ServedModel:
         """Load one model. Raises UserError when its placement is impossible."""
@@ -208,7 +210,12 @@ class Placer:
 
     def _stream(self, path: str, source: WeightSource, dtype: str) -> Forward:
         lm = StreamedCausalLM(path, source, device=self.device, **self._options(dtype))
-        return lambda groups, temperature: [out.logprob for out in lm.logprobs(groups, temperature=temperature)]
+
+        def forward(groups: Sequence[PackedTokens], temperature: float) -> list[Tensor]:
+            with large_blocks_returned():
+                return [out.logprob for out in lm.logprobs(groups, temperature=temperature)]
+
+        return forward
 
     def _options(self, dtype: str) -> dict[str, Any]:
         """How every model is loaded."""
@@ -263,7 +270,9 @@ class Placer:
         if is_delta(spec.path):
             base = base_path(self.config, spec)
             delta = DeltaFolder(spec.path)
-            delta.require_base(base)
+            if base not in self.digests:
+                self.digests[base] = checkpoint_digest(base)
+            delta.require_base(base, self.digests[base])
             return DeltaWeights(delta, self._base(base, dtype), dtype)
         source = PinnedWeights if self.device.type == "cuda" else MappedWeights
         return source(local_folder(spec.path), dtype, self.device)

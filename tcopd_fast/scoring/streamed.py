@@ -135,7 +135,7 @@ class StreamedCausalLM:
     @torch.inference_mode()
     def logprobs(self, batches: Sequence[PackedTokens], *, temperature: float) -> list[TokenLogprobs]:
         """Logprob of every response token of every micro-batch, float32 [N] each; one trip through the weights."""
-        replays = [self._record(tokens) for tokens in batches]
+        replays = self._record(batches)
         for i, (layer, names) in enumerate(zip(self.layers, self.layer_names, strict=True)):
             weights = self._load(names)
             self.source.prefetch(list(self._after(i)))
@@ -150,6 +150,8 @@ class StreamedCausalLM:
                 replay.hidden = out
             del weights
         hiddens = [self._finish(tokens, replay) for tokens, replay in zip(batches, replays, strict=True)]
+        # Else the last micro-batch's hidden states would stay until the next pass.
+        self._attend(Replay())
         head = self.source.load([name for name in (self.head_weight, self.head_bias) if name])
         return [
             linear_logprob(
@@ -174,12 +176,15 @@ class StreamedCausalLM:
         loaded = self.source.load(list(names.values()))
         return {key: loaded[name] for key, name in names.items()}
 
-    def _record(self, tokens: PackedTokens) -> Replay:
-        replay = Replay()
-        ids, places = tokens.input_ids.unique(return_inverse=True)
-        embedded = functional_call(self.embed, {"weight": self.source.rows(self.embedding, ids)}, (places[None],))
-        self._decode(tokens, replay, embedded)
-        return replay
+    def _record(self, batches: Sequence[PackedTokens]) -> list[Replay]:
+        """The decoder's calls of its layers for every micro-batch; the table's rows are fetched once for all."""
+        ids, places = torch.cat([tokens.input_ids for tokens in batches]).unique(return_inverse=True)
+        rows = {"weight": self.source.rows(self.embedding, ids)}
+        replays = []
+        for tokens, own in zip(batches, places.split([len(t.input_ids) for t in batches]), strict=True):
+            replays.append(Replay())
+            self._decode(tokens, replays[-1], functional_call(self.embed, rows, (own[None],)))
+        return replays
 
     def _finish(self, tokens: PackedTokens, replay: Replay) -> Tensor:
         """Hidden states [N, D] at the predicting positions, after whatever follows the layers."""
@@ -187,9 +192,12 @@ class StreamedCausalLM:
         assert replay.hidden is not None
         return self._decode(tokens, replay, replay.hidden)[0].index_select(0, tokens.predict_at)
 
-    def _decode(self, tokens: PackedTokens, replay: Replay, inputs_1TD: Tensor) -> Tensor:
+    def _attend(self, replay: Replay) -> None:
         for stand_in in self.stand_ins:
             stand_in.replay = replay
+
+    def _decode(self, tokens: PackedTokens, replay: Replay, inputs_1TD: Tensor) -> Tensor:
+        self._attend(replay)
         arguments = {
             "inputs_embeds": inputs_1TD,
             "position_ids": tokens.position_ids[None],
