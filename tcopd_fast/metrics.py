@@ -151,7 +151,7 @@ def _rollout_metrics(world: World, rewarded: Sequence[RewardedRollout]) -> dict[
     metrics = {
         "rollout/response_length_mean": _mean(sums["length"], sums["count"]),
         "rollout/truncated_share": _mean(sums["truncated"], sums["count"]),
-        "rollout/version": float(rollouts[0].version) if rollouts else float("nan"),
+        "rollout/version": -world.max({"age": max((-float(r.version) for r in rollouts), default=-math.inf)})["age"],
     }
     if sums["judged"]:
         metrics["rollout/accuracy"] = _mean(sums["correct"], sums["judged"])

@@ -140,6 +140,7 @@ def train(config: Config, resume: bool = False, stop: Stop | None = None) -> Non
                 ]
             with clock.stage("rollout"):
                 rollouts = generate(config, parts, prompts, step)
+            parts.engine.sleep()
             if run.stopped(step):
                 break
             with clock.stage("scoring"):
@@ -158,6 +159,7 @@ def train(config: Config, resume: bool = False, stop: Stop | None = None) -> Non
             metrics = step_metrics(config, world, inputs.domains, rewarded, minibatches, update)
             metrics |= routing_metrics(config, world, parts.scorer.needs(lambdas), rewarded)
             metrics |= advantage_shares(config, world, rewarded, update.old_logprobs)
+            metrics |= parts.engine.metrics()
             metrics |= {"data/dropped_overlong": inputs.dropped_overlong, "weight_sync/version": version}
             decode = inputs.models.tokenizer.decode
             samples = token_samples(

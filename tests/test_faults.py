@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -78,8 +79,13 @@ def steps_logged(run_dir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def is_saving(run_dir: Path) -> bool:
-    return any(run_dir.glob("checkpoints/step_*.partial"))
+def is_saving(run_dir: Path, since_ns: int = 0) -> bool:
+    """Whether a checkpoint is half-written that was begun after `since_ns`: an earlier crash may have left another."""
+    for path in run_dir.glob("checkpoints/step_*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            if path.stat().st_ctime_ns > since_ns:
+                return True
+    return False
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +118,7 @@ def test_a_run_killed_at_24_random_moments_is_the_unbroken_run(tiny, whole, tmp_
     moments = chance.sample(["starting", "at work", "saving"] * 8, 24)
     words, hits = config_of(tiny, run_dir), {"starting": 0, "at work": 0, "saving": 0}
     for moment in moments:
-        done = steps_logged(run_dir)
+        done, since = steps_logged(run_dir), time.time_ns()
         [process] = start_forked(words, log)
         if moment == "starting":
             time.sleep(chance.uniform(0.0, 0.8))
@@ -120,12 +126,13 @@ def test_a_run_killed_at_24_random_moments_is_the_unbroken_run(tiny, whole, tmp_
             wait_until(lambda done=done: steps_logged(run_dir) > done, process)
             time.sleep(chance.uniform(0.0, 0.15))
         else:
-            wait_until(lambda: is_saving(run_dir), process)
+            wait_until(lambda since=since: is_saving(run_dir, since), process)
             time.sleep(chance.uniform(0.0, 0.01))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, log.read_text()
-        hits["saving" if is_saving(run_dir) else "starting" if steps_logged(run_dir) <= done else "at work"] += 1
+        at_work = "at work" if steps_logged(run_dir) > done else "starting"
+        hits["saving" if is_saving(run_dir, since) else at_work] += 1
         words = ["--resume", str(run_dir)] if (run_dir / "config.yaml").exists() else words
     assert hits["starting"] >= 3 and hits["at work"] >= 3 and hits["saving"] >= 3, hits
     run_forked(words, log)

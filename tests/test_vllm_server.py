@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from running import ROOT, lines, start
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -145,6 +147,38 @@ def test_an_engine_that_hangs_is_killed(engine, prompts):
     assert len(rollouts) == 32
     engine.load_weights(Checkpoint("miniature:base"), 6)
     assert pids(engine)[0] == old[0] and pids(engine)[1] != old[1]
+
+
+def engine_groups(trainer: int) -> list[int]:
+    """Process groups of the engines that a trainer process started."""
+    children = psutil.Process(trainer).children()
+    return [c.pid for c in children if "tcopd_fast.rollout.leash" in c.cmdline()]
+
+
+def test_a_run_generates_ahead_and_survives_its_engine(tmp_path):
+    """Two ranks, one engine, one batch ahead; the engine is killed after the second step."""
+    words = ["--config", str(ROOT / "configs" / "miniature.yaml"), f"run_dir={tmp_path / 'run'}", "steps=6"]
+    words += ["rollout.engine=vllm", "rollout.vllm.mode=server", "rollout.staleness=1", "eval.data=[]"]
+    words += ["rollout.prompts_per_step=24", "checkpoint.every=0", "logging.tensorboard=false", "learner.zero_stage=3"]
+    words += [f"rollout.vllm.kv_cache_memory_bytes={32 << 20}"]
+    processes = start(words, size=2)
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and len(lines(metrics)) >= 2):
+        assert time.monotonic() < end and processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.05)
+    (group,) = engine_groups(processes[0].pid)
+    os.killpg(group, signal.SIGKILL)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    rows = lines(metrics)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["rollout/engine_restarts"] == 1
+    # Step s trains weights s − 1 on samples of weights s − 2, or newer ones where they were asked for again.
+    for row in rows:
+        assert max(0, row["step"] - 2) <= row["rollout/version"] <= row["step"] - 1
+        assert row["batch/tokens"] > 24 and abs(row["loss/mismatch_weight_mean"] - 1) < 0.2
+    assert any(row["rollout/version"] == row["step"] - 2 for row in rows)
+    assert not psutil.pid_exists(group)
 
 
 def test_engines_end_with_the_trainer(tmp_path):

@@ -52,6 +52,10 @@ class RolloutEngine(Protocol):
         """Copy the learner's weights (Hugging Face parameter names) in place and stamp the version."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers of this kind of engine for the step's metrics; equal on every rank."""
+        ...
+
     def sleep(self) -> None:
         """Leave the device to the learner until the next `load_weights`, where the engine can."""
         ...

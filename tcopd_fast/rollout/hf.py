@@ -172,6 +172,10 @@ class HfEngine:
         token_B = torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0].clamp_max(cdf_BV.shape[1] - 1)
         return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0]
 
+    def metrics(self) -> dict[str, float]:
+        """None of its own."""
+        return {}
+
     def sleep(self) -> None:
         """Nothing to give back: the KV cache went with the last response."""
 

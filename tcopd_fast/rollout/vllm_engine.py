@@ -220,6 +220,10 @@ class VllmEngine:
             raise RuntimeError(f"weight sync {version}: vLLM kept the KV cache of the old weights")
         self.version = version
 
+    def metrics(self) -> dict[str, float]:
+        """None of its own."""
+        return {}
+
     def sleep(self) -> None:
         """On a GPU (with `rollout.vllm.sleep`) free weights and KV cache; the next `load_weights` brings them back."""
         if self._sleeps and not self._asleep:

@@ -197,6 +197,10 @@ class ServerEngine:
             self._send(version)
         self.version = version
 
+    def metrics(self) -> dict[str, float]:
+        """Engines started again so far."""
+        return {"rollout/engine_restarts": float(self.restarted)}
+
     def sleep(self) -> None:
         """Nothing to give back: the engines have devices of their own."""
 
@@ -274,21 +278,21 @@ class ServerEngine:
         suspects = {number for down in found for number in down}
         if everyone:
             suspects = set(range(self._config.vllm.server.engines))
-        self._agree(lambda: self._fleet.restart(sorted(suspects)))
-        self.restarted += len(suspects)
+        self.restarted += len(self._agree(lambda: self._fleet.restart(sorted(suspects))))
         self._connect()
 
-    def _agree(self, action: Callable[[], object]) -> None:
-        """Do something on the first rank; its UserError is raised on every rank."""
-        problem = None
+    def _agree(self, action: Callable[[], Any]) -> Any:
+        """Do something on the first rank; its result is returned, and its UserError raised, on every rank."""
+        result = problem = None
         if self._world.is_main:
             try:
-                action()
+                result = action()
             except UserError as error:
                 problem = str(error)
-        problem = self._world.gather(problem)[0]
+        result, problem = self._world.gather((result, problem))[0]
         if problem is not None:
             raise UserError(problem)
+        return result
 
 
 def transfer_settings(cuda: bool, rank: int, workers: int, bucket_bytes: int) -> Any:
