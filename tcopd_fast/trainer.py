@@ -425,9 +425,7 @@ def _assemble(config: Config, inputs: Inputs, world: World, start: int, resume: 
         learner.load(checkpoints.checkpoint_dir(config.run_dir, start))
         sync_weights(learner, engine, start)
     if not learner.weights_finite():
-        raise world.agreed(
-            f"model.path {config.model.path}: holds weights that are not finite; use another model"
-        )
+        raise world.agreed(f"model.path {config.model.path}: holds weights that are not finite; use another model")
     parts = Parts(
         world=world,
         learner=learner,

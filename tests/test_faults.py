@@ -110,6 +110,7 @@ def test_equal_seeds_give_equal_runs(tiny, whole, tmp_path):
     assert learning(lines(tmp_path / "other" / "metrics.jsonl")[0]) != learning(lines(whole / "metrics.jsonl")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_killed_at_24_random_moments_is_the_unbroken_run(tiny, whole, tmp_path):
     """SIGKILL while starting, while at work on a step, and while saving, 8 times each, in random order."""
@@ -140,6 +141,7 @@ def test_a_run_killed_at_24_random_moments_is_the_unbroken_run(tiny, whole, tmp_
     same_training(run_dir, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks_killed_are_the_unbroken_run(tiny, tmp_path):
     log, settings = tmp_path / "log", {"steps": 8, "learner": {"zero_stage": 3}}
