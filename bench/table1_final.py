@@ -21,11 +21,11 @@ from tcopd_fast.config import Config
 from tcopd_fast.data import load_prompts
 from tcopd_fast.dist import World
 from tcopd_fast.evaluate import evaluate
+from tcopd_fast.inputs import sampling_seed
 from tcopd_fast.judges import Judges
 from tcopd_fast.models import check_models
 from tcopd_fast.rollout.hf import HfEngine
 from tcopd_fast.scoring import Scorer
-from tcopd_fast.trainer import sampling_seed
 from tcopd_fast.types import Rollout
 
 

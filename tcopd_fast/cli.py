@@ -161,7 +161,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return 0
     from tcopd_fast import rundir
-    from tcopd_fast.trainer import read_inputs
+    from tcopd_fast.inputs import read_inputs
 
     rundir.check_free(config.run_dir)
     if not arguments.resume:

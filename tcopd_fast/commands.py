@@ -36,7 +36,7 @@ from tcopd_fast.models import (
 from tcopd_fast.monitor import MetricsLog, Progress
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.rollout.build import build_engine
-from tcopd_fast.trainer import counter
+from tcopd_fast.run import counter
 
 
 def run_eval(

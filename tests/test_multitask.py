@@ -29,11 +29,11 @@ from tcopd_fast.config_io import load_config, validate
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.evaluate import accuracy_change
+from tcopd_fast.inputs import read_inputs
 from tcopd_fast.learner import UpdateResult
 from tcopd_fast.monitor import format_eval
 from tcopd_fast.order import domain_counts
 from tcopd_fast.report import format_table, summary_table, write_report
-from tcopd_fast.trainer import read_inputs
 from tcopd_fast.types import Prompt, RewardedRollout, Rollout, ScoredRollout
 
 WEIGHTS = {"even": 3, "odd": 1}

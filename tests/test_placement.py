@@ -22,10 +22,10 @@ from tcopd_fast.errors import UserError
 from tcopd_fast.metrics import routing_metrics
 from tcopd_fast.models import check_models, load_causal_lm
 from tcopd_fast.packing import pack
+from tcopd_fast.run import reverse_kl
 from tcopd_fast.scoring import Scorer, delta, placement
 from tcopd_fast.scoring.streamed import StreamedCausalLM
 from tcopd_fast.scoring.weights import CheckpointFolder, MappedWeights
-from tcopd_fast.trainer import reverse_kl
 from tcopd_fast.types import RewardedRollout
 
 LAMBDAS = [{"expert": 1.5, "anti": -0.5}] * 3
