@@ -36,7 +36,7 @@ from tcopd_fast.models import (
 )
 from tcopd_fast.packing import pack, split_by_tokens
 from tcopd_fast.scoring.delta import DeltaFolder, DeltaWeights, checkpoint_digest, is_delta
-from tcopd_fast.scoring.heap import large_blocks_returned
+from tcopd_fast.scoring.heap import return_large_blocks
 from tcopd_fast.scoring.lora import LowRank, LowRankWeights, linear_shapes, other_base, read_adapter
 from tcopd_fast.scoring.server import TeacherClient
 from tcopd_fast.scoring.sharded import ShardedLM
@@ -198,6 +198,8 @@ class Placer:
         return replace(choice, reason=f"{choice.reason}; {gib(size)} of pinned host memory for every rank")
 
     def _load(self, spec: FrozenModelConfig, dtype: str, choice: Choice) -> Forward:
+        if choice.placement != "resident" and self.device.type == "cpu":
+            return_large_blocks()
         if choice.placement == "sharded":
             return ShardedLM(spec.path, self.world, host=self.config.scoring.shards_on_host, **self._options(dtype))
         if choice.placement != "resident":
@@ -210,12 +212,7 @@ class Placer:
 
     def _stream(self, path: str, source: WeightSource, dtype: str) -> Forward:
         lm = StreamedCausalLM(path, source, device=self.device, **self._options(dtype))
-
-        def forward(groups: Sequence[PackedTokens], temperature: float) -> list[Tensor]:
-            with large_blocks_returned():
-                return [out.logprob for out in lm.logprobs(groups, temperature=temperature)]
-
-        return forward
+        return lambda groups, temperature: [out.logprob for out in lm.logprobs(groups, temperature=temperature)]
 
     def _options(self, dtype: str) -> dict[str, Any]:
         """How every model is loaded."""
@@ -229,6 +226,8 @@ class Placer:
 
     def _adapter(self, spec: FrozenModelConfig, dtype: str) -> tuple[Choice, Forward]:
         """A LoRA adapter on the weights of its base, which are loaded if they are not there."""
+        if self.device.type == "cpu":
+            return_large_blocks()
         base, model = base_path(self.config, spec), self.config.model
         shapes = linear_shapes(empty_model(base, dtype, model.attention, model.trust_remote_code))
         factors = {
