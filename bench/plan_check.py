@@ -225,6 +225,11 @@ def compare(case: Case, measured: Mapping[str, int], base: Mapping[str, int], pr
     }
 
 
+def commit_of(case: Case, folder: Path) -> str | None:
+    """The commit that a case was measured at: finished cases are not run again when the tree moves on."""
+    return json.loads((folder / case.name / "environment.json").read_text())["git_sha"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/plan_check"), metavar="DIR")
@@ -243,7 +248,7 @@ def main() -> int:
         if arguments.only and case.name not in arguments.only:
             continue
         base, measured = measure(case.baseline, folder), measure(case, folder)
-        rows.append(compare(case, measured, base, predict(case, folder)))
+        rows.append(compare(case, measured, base, predict(case, folder)) | {"commit": commit_of(case, folder)})
         errors = "  ".join(f"{stage} {100 * error:+.1f}" for stage, error in rows[-1]["error"].items())
         print(f"{case.name:18} peak {100 * rows[-1]['peak_error']:+.1f} %   {errors}", flush=True)
     result = {"environment": environment(), "seconds": time.monotonic() - started, "rows": rows}

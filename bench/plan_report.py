@@ -71,7 +71,8 @@ def check_block(check: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {where['versions'][name]}" for name in PACKAGES if name in where["versions"])
     source = (
         "MiB above the baseline; error: of the peak, then of each stage. "
-        f"{where['device']}; 1 thread per rank; {packages}; {provenance(where)}; every number: "
+        f"{where['device']}; 1 thread per rank; {packages}; {provenance(where, [r['commit'] for r in check['rows']])}; "
+        "every number: "
         f"[{CHECK_JSON.name}](../bench/results/{CHECK_JSON.name})."
     )
     return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", source])
@@ -95,11 +96,15 @@ def percent(share: float) -> str:
     return f"{100 * share:+.1f} %".replace("-", "−")
 
 
-def provenance(where: Mapping[str, Any]) -> str:
-    """Commit, day and command of an `environment`; both commands are started from the root of the source tree."""
-    sha = where["git_sha"] or "unknown"
-    commit = sha[:9] + ("+" if sha.endswith("+") else "")
-    return f"commit `{commit}`; {where['started'][:10]}; `python bench/{where['command']}`"
+def provenance(where: Mapping[str, Any], commits: Sequence[str | None] = ()) -> str:
+    """Commit, day and command of an `environment`; both commands are started from the root of the source tree.
+
+    commits: of the measurements, where they can differ from the environment's.
+    """
+    used = sorted({sha or "unknown" for sha in commits or [where["git_sha"]]})
+    short = ", ".join(f"`{sha[:9]}{'+' if sha.endswith('+') else ''}`" for sha in used)
+    label = "commits" if len(used) > 1 else "commit"
+    return f"{label} {short}; {where['started'][:10]}; `python bench/{where['command']}`"
 
 
 def qwen_rows(qwen: Mapping[str, Any]) -> dict[int, dict[str, Mapping[str, Any]]]:
