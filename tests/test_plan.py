@@ -314,8 +314,12 @@ def test_remedies_fit_and_are_valid_overrides():
 
 
 def test_vllm_takes_its_share_and_needs_enough_of_it():
-    held = qwen_plan("rollout.vllm.gpu_memory_utilization=0.3").placed.memory.held
-    assert held["vLLM"] == int(0.3 * 80 * GB)
+    share = "rollout.vllm.gpu_memory_utilization=0.3"
+    asleep, awake = qwen_plan(share).placed.memory, qwen_plan(share, "rollout.vllm.sleep=false").placed.memory
+    assert awake.held["vLLM"] == asleep.stages["rollout"]["vLLM"] == asleep.stages["weight_sync"]["vLLM"] == 24 * GB
+    assert "vLLM" not in asleep.held and awake.peak > asleep.peak
+    apart = qwen_plan(share, "rollout.vllm.mode=server").placed.memory
+    assert "vLLM" not in apart.held and "vLLM" not in apart.stages["rollout"]
     small = qwen_plan("rollout.vllm.gpu_memory_utilization=0.1")
     assert "do not hold its weights" in small.placed.why
     assert any("rollout.vllm.gpu_memory_utilization=0.2" in remedy.overrides for remedy in small.remedies)

@@ -93,7 +93,8 @@ def memory_of(config: Config, student: Shape, frozen: Sequence[Frozen], work: Wo
             {"gathered weights": zero.gathered, "gradients and their reduction": zero.reduce},
             {"gradients and Adam's temporaries": zero.update},
         ),
-        "weight_sync": {"gathered weights": zero.sync},
+        # A sleeping vLLM wakes while it gets its weights.
+        "weight_sync": {"gathered weights": zero.sync, "vLLM": rollout.get("vLLM", 0)},
     }
     return Memory(
         held=learner | engine_held | frozen_held,
@@ -127,10 +128,14 @@ def _rollout_bytes(
     """(held, added while sampling)."""
     itemsize = DTYPES[config.model.dtype].itemsize
     if config.rollout.engine == "vllm":
-        # vLLM takes its share of the whole GPU at the start: weights, KV cache and its own workspace.
         settings = config.rollout.vllm
-        size = settings.kv_cache_memory_bytes + student.weights * itemsize
-        return {"vLLM": size if cluster.on_cpu else int(settings.gpu_memory_utilization * cluster.memory)}, {}
+        if settings.mode == "server":
+            return {}, {}
+        if cluster.on_cpu:
+            return {"vLLM": settings.kv_cache_memory_bytes + student.weights * itemsize}, {}
+        # vLLM takes its share of the whole GPU: weights, KV cache and its own workspace.
+        share = {"vLLM": int(settings.gpu_memory_utilization * cluster.memory)}
+        return ({}, share) if settings.sleep else (share, {})
     rows = min(config.rollout.max_batch_size, work.sequences)
     length = int(work.prompt + work.response)
     cache = rows * length * student.kv_bytes_per_token(itemsize)
