@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
+import torch
+
 from tcopd_fast import checkpoints
 from tcopd_fast.config import Config, longest_sequence
 from tcopd_fast.data import load_eval_sets, load_prompts
@@ -42,6 +44,12 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
     if config.rollout.prompts_per_step < world_size:
         raise UserError(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: fewer than the {world_size} ranks; raise it"
+        )
+    vllm = config.rollout.vllm
+    if config.rollout.engine == "vllm" and vllm.mode == "server" and torch.cuda.is_available() and not vllm.server.gpus:
+        raise UserError(
+            "rollout.vllm.server.gpus: not set; name the GPUs of every engine, apart from the learner's, "
+            "for example [[7]]"
         )
     models = check_models(config)
     check_adapters(config)

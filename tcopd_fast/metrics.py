@@ -33,6 +33,8 @@ def step_metrics(
     """
     metrics: dict[str, float] = {}
     metrics |= _rollout_metrics(world, rewarded)
+    ages = [-float(item.scored.rollout.version) for item in rewarded]
+    metrics["rollout/version"] = -world.max({"age": max(ages, default=-math.inf)})["age"]
     for name in config.teachers:
         metrics |= _teacher_metrics(config, world, domains, name, rewarded, update.old_logprobs)
     metrics |= _reward_metrics(config, world, rewarded, update.old_logprobs)
@@ -151,7 +153,6 @@ def _rollout_metrics(world: World, rewarded: Sequence[RewardedRollout]) -> dict[
     metrics = {
         "rollout/response_length_mean": _mean(sums["length"], sums["count"]),
         "rollout/truncated_share": _mean(sums["truncated"], sums["count"]),
-        "rollout/version": -world.max({"age": max((-float(r.version) for r in rollouts), default=-math.inf)})["age"],
     }
     if sums["judged"]:
         metrics["rollout/accuracy"] = _mean(sums["correct"], sums["judged"])
@@ -249,7 +250,6 @@ def _domain_metrics(
     for domain, own in members.items():
         values = _rollout_metrics(world, [rewarded[i] for i in own])
         values |= _reward_metrics(config, world, [rewarded[i] for i in own], [old[i] for i in own])
-        del values["rollout/version"]
         values["data/share"] = _mean(sums[f"samples/{domain}"], samples)
         values["batch/token_share"] = _mean(sums[f"tokens/{domain}"], tokens)
         # Sampled tokens follow the student, so their mean surprise estimates its entropy.

@@ -120,3 +120,13 @@ def test_help_documents_every_key():
 def test_shipped_configurations_are_valid(path):
     overrides = ["rollout.engine=hf"]  # vLLM is an extra that need not be installed here
     assert load_config(path, overrides).steps > 0
+
+
+def test_engines_of_their_own_need_gpus_of_their_own(monkeypatch):
+    from tcopd_fast.inputs import read_inputs
+
+    words = ["rollout.engine=vllm", "rollout.vllm.mode=server"]
+    config = load_config(ROOT / "configs" / "miniature.yaml", words)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError, match=r"rollout\.vllm\.server\.gpus: not set; name the GPUs"):
+        read_inputs(config)

@@ -63,7 +63,8 @@ class Dispatcher:
 
     def use(self, urls: Sequence[str]) -> None:
         """Send to these engines from here on; all of them count as up."""
-        self.urls, self.down, self._load = list(urls), {}, [0] * len(urls)
+        # Requests under way keep their place in the count.
+        self.urls, self.down, self._load = list(urls), {}, self._load or [0] * len(urls)
 
     def submit(self, requests: Sequence[Request]) -> Ticket:
         """Start sending; returns at once."""

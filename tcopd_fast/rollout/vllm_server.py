@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tcopd_fast.config_sections import RolloutConfig
 from tcopd_fast.dist import World, free_port
-from tcopd_fast.errors import UserError
 from tcopd_fast.rollout import Weights
 from tcopd_fast.rollout.fleet import HOST, MODEL, Fleet
 from tcopd_fast.rollout.requests import Answer, Dispatcher, Request, Ticket
@@ -102,7 +101,7 @@ class ServerEngine:
         self._fleet, self._tokenizer, self._world, self._source = fleet, tokenizer, world, LearnerSource(weights)
         self._config, self._vocab_size = config, vocab_size
         self._dispatcher = Dispatcher(config.vllm.server.request_timeout_s)
-        self._agree(fleet.start)
+        world.on_main(fleet.start)
         self._connect()
         self.load_weights(weights, 0)
 
@@ -254,7 +253,7 @@ class ServerEngine:
 
         vllm_plugin.register()
         settings = self._config.vllm.server
-        self._control = Control(self._world.gather(self._fleet.urls)[0], settings.tensor_parallel_size)
+        self._control = Control(self._world.on_main(lambda: self._fleet.urls), settings.tensor_parallel_size)
         if self._world.is_main and self._vocab_size is not None:
             self._control.everywhere("collective_rpc", {"method": "cut_vocabulary", "args": [str(self._vocab_size)]})
         info = transfer_settings(
@@ -278,21 +277,8 @@ class ServerEngine:
         suspects = {number for down in found for number in down}
         if everyone:
             suspects = set(range(self._config.vllm.server.engines))
-        self.restarted += len(self._agree(lambda: self._fleet.restart(sorted(suspects))))
+        self.restarted += len(self._world.on_main(lambda: self._fleet.restart(sorted(suspects))))
         self._connect()
-
-    def _agree(self, action: Callable[[], Any]) -> Any:
-        """Do something on the first rank; its result is returned, and its UserError raised, on every rank."""
-        result = problem = None
-        if self._world.is_main:
-            try:
-                result = action()
-            except UserError as error:
-                problem = str(error)
-        result, problem = self._world.gather((result, problem))[0]
-        if problem is not None:
-            raise UserError(problem)
-        return result
 
 
 def transfer_settings(cuda: bool, rank: int, workers: int, bucket_bytes: int) -> Any:
