@@ -12,11 +12,9 @@ experiment (fewer seeds or rows, other steps, a limit) stays in OUT unless --jso
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,13 +22,24 @@ from typing import Any
 import numpy as np
 from lambda_safety_plan import QUANTILES, ROWS, SAMPLED, plan, recipe_of, shared_overrides
 from lambda_safety_report import BEGIN, END, aggregate, markdown
-from table1 import MIN_SEEDS, RESULTS, STEPS, Launcher, Outputs, guarded, train_runs
+from table1 import (
+    MIN_SEEDS,
+    RESULTS,
+    STEPS,
+    Launcher,
+    Outputs,
+    command_of,
+    complete,
+    guarded,
+    train_runs,
+    write_outputs,
+)
 from table1_plan import ROOT, Run, open_recipe, read_recipe, run_state, train_command
-from table1_report import check_markers, link_from, replace_block
+from table1_report import check_markers
 
 from tcopd_fast.report.collect import LAST_STEPS, load_runs, number
 from tcopd_fast.report.collect import Run as RunFiles
-from tcopd_fast.rundir import environment, write_atomically
+from tcopd_fast.rundir import environment
 
 DOC = ROOT / "docs" / "safety.md"
 EVERY = 5
@@ -106,13 +115,10 @@ def assemble(out: Path, runs: Sequence[Run], recipe: dict[str, Any]) -> dict[str
     here = environment()
     commits = [record["environment"].get("git_sha") for record in records]
     seeds = sorted({run.seed for run in runs})
-    words = ["python", "bench/lambda_safety.py", "--out", str(out)]
-    words += ["--seeds", str(len(seeds)), "--steps", str(recipe["steps"])]
-    words += ["--limit", str(recipe["limit"])] if recipe["limit"] is not None else []
     keys = list(dict.fromkeys(run.row.key for run in runs))
-    words += ["--rows", *keys] if len(keys) < len(ROWS) else []
+    some = ["--rows", *keys] if len(keys) < len(ROWS) else []
     return {
-        "command": shlex.join(words),
+        "command": " ".join([command_of("bench/lambda_safety.py", out, seeds, recipe), *some]),
         "date": here["started"],
         "commits": list(dict.fromkeys(commit for commit in commits if commit)),
         "environment": here,
@@ -136,23 +142,6 @@ def choose_outputs(arguments: argparse.Namespace, steps: int, limit: int | None)
     )
 
 
-def write_outputs(table: Mapping[str, Any], outputs: Outputs) -> None:
-    """JSON, figure, the document's block; prints the block."""
-    from lambda_safety_figure import draw
-
-    outputs.json.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(outputs.json, json.dumps(table, indent=1, allow_nan=False) + "\n")
-    files = [outputs.json, draw(table, outputs.figure)]
-    base = outputs.readme or DOC
-    block = markdown(table, link_from(base, outputs.figure), link_from(base, outputs.json))
-    if outputs.readme is not None:
-        text = check_markers(outputs.readme, BEGIN, END)
-        write_atomically(outputs.readme, replace_block(text, block, BEGIN, END))
-        files.append(outputs.readme)
-    print(block)
-    print("written: " + ", ".join(map(str, files)))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring; returns the exit status."""
     return guarded(_make, _parser().parse_args(argv))
@@ -172,13 +161,11 @@ def _make(arguments: argparse.Namespace) -> int:
             runs, arguments.steps, lambda run, state: train_command(run, state, shared), arguments.jobs, Launcher()
         )
     missing = [run.name for run in runs if run_state(run, recipe["steps"]) != "finished"]
-    for name in missing:
-        print(f"missing: {name}" + (f" ({problems[name]})" if name in problems else ""), file=sys.stderr)
-    if missing:
-        remedy = "without --only-report they are made" if arguments.only_report else "the same command tries them again"
-        print(f"nothing written: {len(missing)} runs are missing; {remedy}", file=sys.stderr)
+    if not complete(missing, problems, arguments.only_report):
         return 1
-    write_outputs(assemble(out, runs, recipe), outputs)
+    from lambda_safety_figure import draw
+
+    write_outputs(assemble(out, runs, recipe), outputs, DOC, (BEGIN, END), draw, markdown)
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from lambda_safety_plan import HARMFUL, NORMAL
 from matplotlib.figure import Figure
-from table1_figure import _STYLE
+from table1_figure import STYLE
 
 # Okabe and Ito's colours, told apart in every common form of colour blindness; markers tell the lines apart in grey.
 _LINES = {
@@ -23,9 +23,9 @@ _LINES = {
 _GREY = "#4b5563"
 
 
-def draw(table: Mapping[str, Any], out: Path) -> Path:
-    """Write OUT (its suffix is the format) and return it. Lines: means over seeds; bands: ± 1 standard error."""
-    with matplotlib.rc_context(_STYLE):
+def draw(table: Mapping[str, Any], out: Path) -> list[Path]:
+    """Write OUT (its suffix is the format); returns [OUT]. Lines: means over seeds; bands: ± 1 standard error."""
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.4, 4.6))
         panels = figure.subplots(1, 3, sharex=True)
         titles = (
@@ -71,4 +71,4 @@ def draw(table: Mapping[str, Any], out: Path) -> Path:
         figure.subplots_adjust(left=0.04, right=0.99, top=0.92, bottom=0.24, wspace=0.16)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None, dpi=120)
-    return out
+    return [out]

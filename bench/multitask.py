@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +30,24 @@ from multitask_plan import (
     shared_overrides,
 )
 from multitask_report import BEGIN, END, aggregate, markdown
-from table1 import MIN_SEEDS, RESULTS, STEPS, Launcher, Outputs, guarded, run_evaluations, train_runs
+from table1 import (
+    MIN_SEEDS,
+    RESULTS,
+    STEPS,
+    Launcher,
+    Outputs,
+    command_of,
+    complete,
+    guarded,
+    run_evaluations,
+    train_runs,
+    write_outputs,
+)
 from table1_plan import ROOT, Run, open_recipe, read_recipe, run_state, train_command
-from table1_report import check_markers, link_from, replace_block
+from table1_report import check_markers
 
 from tcopd_fast.report.collect import load_runs
-from tcopd_fast.rundir import environment, write_atomically
+from tcopd_fast.rundir import environment
 
 DOC = ROOT / "docs" / "multitask.md"
 
@@ -101,11 +112,8 @@ def assemble(out: Path, runs: Sequence[Run], recipe: dict[str, Any]) -> dict[str
     commits = [record["environment"].get("git_sha") for record in records]
     commits += [record["evaluated_at"] for record in [*records, *baselines]]
     seeds = sorted({run.seed for run in runs})
-    words = ["python", "bench/multitask.py", "--out", str(out)]
-    words += ["--seeds", str(len(seeds)), "--steps", str(recipe["steps"])]
-    words += ["--limit", str(recipe["limit"])] if recipe["limit"] is not None else []
     return {
-        "command": shlex.join(words),
+        "command": command_of("bench/multitask.py", out, seeds, recipe),
         "date": here["started"],
         "commits": list(dict.fromkeys(commit for commit in commits if commit)),
         "environment": here,
@@ -129,23 +137,6 @@ def choose_outputs(arguments: argparse.Namespace, steps: int, limit: int | None)
     )
 
 
-def write_outputs(table: dict[str, Any], outputs: Outputs) -> None:
-    """JSON, figure, the document's block; prints the block."""
-    from multitask_figure import draw
-
-    outputs.json.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(outputs.json, json.dumps(table, indent=1, allow_nan=False) + "\n")
-    files = [outputs.json, *draw(table, outputs.figure)]
-    base = outputs.readme or DOC
-    block = markdown(table, link_from(base, outputs.figure), link_from(base, outputs.json))
-    if outputs.readme is not None:
-        text = check_markers(outputs.readme, BEGIN, END)
-        write_atomically(outputs.readme, replace_block(text, block, BEGIN, END))
-        files.append(outputs.readme)
-    print(block)
-    print("written: " + ", ".join(map(str, files)))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring; returns the exit status."""
     return guarded(_make, _parser().parse_args(argv))
@@ -163,13 +154,11 @@ def _make(arguments: argparse.Namespace) -> int:
         problems = make_all(out, runs, arguments.steps, arguments.limit, arguments.jobs)
     missing = [name for name in BASELINES if not baseline_file(out, name).exists()]
     missing += [run.name for run in runs if not run.final.exists()]
-    for name in missing:
-        print(f"missing: {name}" + (f" ({problems[name]})" if name in problems else ""), file=sys.stderr)
-    if missing:
-        remedy = "without --only-report they are made" if arguments.only_report else "the same command tries them again"
-        print(f"nothing written: {len(missing)} results are missing; {remedy}", file=sys.stderr)
+    if not complete(missing, problems, arguments.only_report):
         return 1
-    write_outputs(assemble(out, runs, recipe), outputs)
+    from multitask_figure import draw
+
+    write_outputs(assemble(out, runs, recipe), outputs, DOC, (BEGIN, END), draw, markdown)
     return 0
 
 

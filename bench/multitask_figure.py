@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from multitask_report import DOMAINS
+from table1_figure import STYLE
 
 # Okabe and Ito's colours; the pairs that differ in the normalizer alone share one and differ in line and marker.
 _LINES = {
@@ -24,14 +25,6 @@ _LINES = {
     "largest_only": ("#B58900", "P", "-"),
 }
 _GREY = "#4b5563"
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "svg.hashsalt": "tcopd-fast",
-    "axes.edgecolor": "#9ca3af",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def draw(table: Mapping[str, Any], out: Path) -> list[Path]:
@@ -40,7 +33,7 @@ def draw(table: Mapping[str, Any], out: Path) -> list[Path]:
     Accuracy in percent at T=1 against training steps; line: mean over seeds, band: ± 1 standard error over seeds
     (none for a single seed).
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 5.6))
         panels = figure.subplots(1, len(DOMAINS), sharex=True)
         for axes, domain in zip(panels, DOMAINS, strict=True):

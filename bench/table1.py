@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from table1_plan import (
     shared_overrides,
     train_command,
 )
-from table1_report import aggregate, check_markers, link_from, markdown, replace_block
+from table1_report import BEGIN, END, aggregate, check_markers, link_from, markdown, replace_block
 
 from tcopd_fast.errors import UserError
 from tcopd_fast.report import format_table, summary_table
@@ -210,11 +210,8 @@ def assemble(out: Path, runs: Sequence[Run], recipe: dict[str, Any]) -> dict[str
     commits = [record["environment"].get("git_sha") for record in records]
     commits += [record["evaluated_at"] for record in [*records, *baselines]]
     seeds = sorted({run.seed for run in runs})
-    words = ["python", "bench/table1.py", "--out", str(out)]
-    words += ["--seeds", str(len(seeds)), "--steps", str(recipe["steps"])]
-    words += ["--limit", str(recipe["limit"])] if recipe["limit"] is not None else []
     return {
-        "command": shlex.join(words),
+        "command": command_of("bench/table1.py", out, seeds, recipe),
         "date": here["started"],
         "commits": list(dict.fromkeys(commit for commit in commits if commit)),
         "environment": here,
@@ -238,20 +235,46 @@ def choose_outputs(arguments: argparse.Namespace, steps: int, limit: int | None)
     )
 
 
-def write_outputs(table: dict[str, Any], outputs: Outputs) -> None:
-    """JSON, figure, README block; prints the block."""
-    from table1_figure import draw
+def command_of(script: str, out: Path, seeds: Sequence[int], recipe: Mapping[str, Any]) -> str:
+    """What makes a table, as it is typed."""
+    words = ["python", script, "--out", str(out), "--seeds", str(len(seeds)), "--steps", str(recipe["steps"])]
+    words += ["--limit", str(recipe["limit"])] if recipe["limit"] is not None else []
+    return shlex.join(words)
 
+
+def write_outputs(
+    table: Mapping[str, Any],
+    outputs: Outputs,
+    document: Path,
+    markers: tuple[str, str],
+    draw: Callable[[Mapping[str, Any], Path], list[Path]],
+    markdown: Callable[[Mapping[str, Any], str, str], str],
+) -> None:
+    """JSON, figure, and the block between the markers of the document that `outputs` names; prints the block.
+
+    document: where the block belongs, for its links when no document is to be changed.
+    """
     outputs.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(outputs.json, json.dumps(table, indent=1, allow_nan=False) + "\n")
     files = [outputs.json, *draw(table, outputs.figure)]
-    base = outputs.readme or ROOT / "README.md"
+    base = outputs.readme or document
     block = markdown(table, link_from(base, outputs.figure), link_from(base, outputs.json))
     if outputs.readme is not None:
-        write_atomically(outputs.readme, replace_block(check_markers(outputs.readme), block))
+        text = check_markers(outputs.readme, *markers)
+        write_atomically(outputs.readme, replace_block(text, block, *markers))
         files.append(outputs.readme)
     print(block)
     print("written: " + ", ".join(map(str, files)))
+
+
+def complete(missing: Sequence[str], problems: Mapping[str, str], only_report: bool) -> bool:
+    """Whether nothing is missing; else every missing result is named, with what went wrong and the remedy."""
+    for name in missing:
+        print(f"missing: {name}" + (f" ({problems[name]})" if name in problems else ""), file=sys.stderr)
+    if missing:
+        remedy = "without --only-report they are made" if only_report else "the same command tries them again"
+        print(f"nothing written: {len(missing)} results are missing; {remedy}", file=sys.stderr)
+    return not missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -297,12 +320,11 @@ def _make(arguments: argparse.Namespace) -> int:
         started = [run.folder for run in runs if (run.folder / "config.yaml").is_file()]
         if started:
             print(format_table(summary_table(started)))
-        for name in missing:
-            print(f"missing: {name}" + (f" ({problems[name]})" if name in problems else ""), file=sys.stderr)
-        remedy = "without --only-report they are made" if arguments.only_report else "the same command tries them again"
-        print(f"nothing written: {len(missing)} results are missing; {remedy}", file=sys.stderr)
+    if not complete(missing, problems, arguments.only_report):
         return 1
-    write_outputs(assemble(out, runs, recipe), outputs)
+    from table1_figure import draw
+
+    write_outputs(assemble(out, runs, recipe), outputs, ROOT / "README.md", (BEGIN, END), draw, markdown)
     return 0
 
 

@@ -24,7 +24,7 @@ _PANELS = {
     "active": "reward divided by K (normalizer: active)",
 }
 _BASELINE = "#4b5563"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "svg.hashsalt": "tcopd-fast",
@@ -40,7 +40,7 @@ def draw(table: Mapping[str, Any], out: Path) -> list[Path]:
     Accuracy in percent at T=1 against training steps; line: mean over seeds, band: ± 1 standard error over seeds
     (none for a single seed). Baselines far below every curve are named at the lower edge instead of drawn.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 4.9))
         left, right = figure.subplots(1, 2, sharex=True, sharey=True)
         low, high = _limits(table)

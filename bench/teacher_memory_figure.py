@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from table1_figure import STYLE
 from teacher_memory_report import MB, TITLES, series_of
 
 # Okabe and Ito's colours, told apart in every common form of colour blindness; markers tell the lines apart in grey.
@@ -19,19 +20,12 @@ _LINES = {
     "delta": ("#0072B2", "s"),
     "offload": ("#009E73", "P"),
 }
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "svg.hashsalt": "tcopd-fast",
-    "axes.edgecolor": "#9ca3af",
-    "axes.spines.top": False,
-}
 
 
 def draw(data: Mapping[str, Any], out: Path) -> None:
     """Write OUT (SVG): peak MB above a process without frozen models, and the same in checkpoints on the right."""
     checkpoint = data["bytes"]["full"] / MB
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**STYLE, "axes.spines.right": True}):
         figure = Figure(figsize=(8.6, 4.6))
         axes = figure.subplots()
         ends = []
