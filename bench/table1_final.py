@@ -16,11 +16,11 @@ import torch
 from table1_plan import FINAL, table_config
 
 from tcopd_fast import rundir
-from tcopd_fast.commands import run_export
 from tcopd_fast.config import Config
 from tcopd_fast.data import load_prompts
 from tcopd_fast.dist import World
 from tcopd_fast.evaluate import evaluate
+from tcopd_fast.export import run_export
 from tcopd_fast.inputs import sampling_seed
 from tcopd_fast.judges import Judges
 from tcopd_fast.models import check_models

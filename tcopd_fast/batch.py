@@ -1,8 +1,7 @@
 """Stage 5, batch: packed micro-batches whose weighted sums add up to the global mean.
 
-A step's prompts are numbered over all ranks; minibatch m takes a contiguous range of them and rank r every
-prompt whose number is r modulo the number of ranks. So neither the number of ranks nor the micro-batch size
-changes which tokens an optimizer step sees or how they are weighted.
+Weights hold the global normaliser of an optimizer step, so neither the number of ranks, nor which rank has which
+rollout, nor the micro-batch size changes how a token counts.
 """
 
 from __future__ import annotations
@@ -22,21 +21,18 @@ def shard(items: Sequence, world: World) -> list:
     return list(items[world.rank :: world.size])
 
 
-def minibatch_of(prompt_number: int, config: Config) -> int:
-    """Which optimizer step of the batch a prompt belongs to."""
-    return prompt_number * config.learner.minibatches // config.rollout.prompts_per_step
+def build_minibatches(
+    rewarded: Sequence[RewardedRollout], minibatches: Sequence[int], config: Config, world: World
+) -> list[list[Batch]]:
+    """One list of micro-batches per optimizer step; every rank gets equally many in each. A collective.
 
-
-def build_minibatches(rewarded: Sequence[RewardedRollout], config: Config, world: World) -> list[list[Batch]]:
-    """One list of micro-batches per optimizer step; every rank gets equally many in each.
-
-    `rewarded` is this rank's share in prompt-major order.
+    minibatches: which optimizer step each of this rank's rollouts belongs to; one without any on all ranks is left out.
     """
-    samples = config.rollout.samples_per_prompt
     members: list[list[int]] = [[] for _ in range(config.learner.minibatches)]
-    for i in range(len(rewarded)):
-        members[minibatch_of(world.rank + i // samples * world.size, config)].append(i)
-    return [_microbatches(indices, rewarded, config, world) for indices in members]
+    for i, minibatch in enumerate(minibatches):
+        members[minibatch].append(i)
+    batches = [_microbatches(indices, rewarded, config, world) for indices in members]
+    return [step for step in batches if step]
 
 
 def _microbatches(

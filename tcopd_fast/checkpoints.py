@@ -15,7 +15,7 @@ import re
 import shutil
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,6 +132,16 @@ def save_checkpoint(
         _prune(config)
     world.barrier()
     return None
+
+
+def record_score(run_dir: str | Path, step: int, score: float | None) -> None:
+    """Give a checkpoint the score of an evaluation that was made after it was saved."""
+    folder = checkpoint_dir(run_dir, step)
+    manifest = _read_manifest(folder)
+    if isinstance(manifest, Manifest):
+        _write_manifest(folder / (MANIFEST + ".partial"), replace(manifest, score=score))
+        os.replace(folder / (MANIFEST + ".partial"), folder / MANIFEST)
+        _sync_folder(folder)
 
 
 class Saver:
@@ -280,12 +290,16 @@ def _write_and_read_back(
 
 def _complete(partial: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest and give the checkpoint its name, each step on disk before the next."""
-    text = json.dumps(asdict(manifest), indent=1) + "\n"
-    write_file(partial / MANIFEST, lambda stream: stream.write(text.encode()))
+    _write_manifest(partial / MANIFEST, manifest)
     for folder in {partial, *((partial / name).parent for name in manifest.files)}:
         _sync_folder(folder)
     os.replace(partial, final)
     _sync_folder(final.parent)
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    text = json.dumps(asdict(manifest), indent=1) + "\n"
+    write_file(path, lambda stream: stream.write(text.encode()))
 
 
 def _sync_folder(folder: Path) -> None:

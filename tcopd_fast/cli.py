@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--ranks", type=positive_int, default=None, help="processes on this machine (default: GPUs, else 1)"
     )
+    train.add_argument(
+        "--launcher", default="", metavar="OPTIONS", help="as they are to the deepspeed launcher (docs/multinode.md): "
+        '--launcher="--hostfile hosts --no_ssh --node_rank 1 --master_addr 10.0.0.1"'
+    )  # fmt: skip
 
     evaluate = command("eval", _eval, "Sample answers and judge them: mean@k, pass@k, lengths, intervals.")
     evaluate.add_argument("model", help="checkpoint: hub id, folder, miniature:NAME")
@@ -84,9 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--out", default=None, metavar="FILE.html", help="default: RUN/report.html of the first run")
 
+    trace = command("trace", _trace, "Write a run's timeline as a Chrome trace (chrome://tracing, Perfetto).")
+    trace.add_argument("run_dir", metavar="RUN")
+    trace.add_argument("--out", default=None, metavar="FILE.json", help="default: RUN/trace.json")
+
     export = command("export", _export, "Write a run's student as a Hugging Face folder.")
     export.add_argument("run_dir", metavar="RUN")
-    export.add_argument("--out", default=None, metavar="DIR", help="default: RUN/export")
+    export.add_argument("--out", default=None, metavar="DIR", help="default: RUN/export, with --adapter RUN/adapter")
+    export.add_argument("--adapter", action="store_true", help="a LoRA student's adapter alone, as a peft folder")
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, default=None, help="checkpoint step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
@@ -123,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         "--vllm", default="", metavar="OPTIONS", help='as they are to vLLM: --vllm="--tensor-parallel-size 2"'
     )
 
+    _add_serve_rollout(command)
+
     miniature = command("miniature", _miniature, "Re-create the miniature's checkpoints from nothing.")
     miniature.add_argument("action", choices=["build"])
     miniature.add_argument("--out", default="runs/miniature", metavar="DIR")
@@ -134,6 +142,28 @@ def _add_plan(command: Callable[..., argparse.ArgumentParser]) -> None:
     from tcopd_fast.plan.command import add_arguments, run
 
     add_arguments(command("plan", run, "Predict memory and time of a run on given GPUs, and recommend placements."))
+
+
+def _add_serve_rollout(command: Callable[..., argparse.ArgumentParser]) -> None:
+    from tcopd_fast.config_sections import VllmConfig
+
+    default = VllmConfig()
+    serve = command("serve-rollout", _serve_rollout, "Run a rollout engine for a trainer elsewhere (docs/rollout.md).")
+    serve.add_argument("model", metavar="MODEL", help="checkpoint of the student's shape: hub id, folder, miniature:NAME")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine)")
+    serve.add_argument("--port", type=positive_int, default=8100, help="default %(default)s")
+    serve.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="N", help="GPUs of the engine")
+    serve.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    serve.add_argument("--max-model-len", type=positive_int, metavar="N", help="longest prompt and response together")
+    serve.add_argument("--max-num-seqs", type=positive_int, default=default.max_num_seqs, metavar="N")
+    serve.add_argument("--gpu-memory-utilization", type=positive_float, default=0.9, help="default %(default)s")
+    serve.add_argument(
+        "--kv-cache-memory-bytes", type=positive_int, default=default.kv_cache_memory_bytes, help="on a CPU"
+    )
+    serve.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    serve.add_argument("--seed", type=int, default=0)
+    serve.add_argument("--trust-remote-code", action="store_true", help="run Python code shipped with the checkpoint")
+    serve.add_argument("--vllm", default="", metavar="OPTIONS", help="more options for vLLM's server")
 
 
 def positive_int(text: str) -> int:
@@ -162,80 +192,17 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     from tcopd_fast import rundir
     from tcopd_fast.inputs import read_inputs
+    from tcopd_fast.launcher import launch, read_options
 
-    rundir.check_free(config.run_dir)
-    if not arguments.resume:
-        rundir.check_new(config)
-    ranks = arguments.ranks or default_ranks()
+    launcher = read_options(arguments.launcher, arguments.ranks)
+    if launcher.first_machine:
+        rundir.check_free(config.run_dir)
+        if not arguments.resume:
+            rundir.check_new(config)
     # Everything that can be refused is refused here, once, before any process is started.
-    read_inputs(config, ranks)
+    read_inputs(config, launcher.ranks)
     words = ["--resume", arguments.resume] if arguments.resume else ["--config", arguments.config]
-    return launch(ranks, [*words, *arguments.overrides])
-
-
-def default_ranks() -> int:
-    """One process per GPU, one without GPUs."""
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
-def launch(ranks: int, words: Sequence[str]) -> int:
-    """Run `tcopd_fast.train` under the deepspeed launcher on this machine; returns its exit status."""
-    import torch
-
-    from tcopd_fast.dist import free_port
-
-    environment = dict(os.environ)
-    device_flag = "--num_gpus"
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-        device_flag = "--num_accelerators"
-        # Ranks on one CPU share its cores.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", device_flag, str(ranks)]
-    launcher += [
-        "--log_level",
-        "error",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(free_port()),
-        "--no_local_rank",
-    ]
-    # tcopd_fast may be a source tree that only the launching process has on its path.
-    root = Path(__file__).resolve().parent.parent
-    if (root / "kernels" / "tcopd_kernels").is_dir():
-        paths = [str(root), str(root / "kernels"), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    # In a session of their own: the launchers answer a signal by killing the ranks, so it must not reach them.
-    runner = subprocess.Popen(
-        [*launcher, "--module", "tcopd_fast.train", *words], env=environment, start_new_session=True
-    )
-    return _wait_passing_signals(runner)
-
-
-def _wait_passing_signals(runner: subprocess.Popen) -> int:
-    """The launcher's exit status; signals that come meanwhile go to the ranks, which save a checkpoint and end."""
-    import psutil
-
-    def pass_on(number: int, frame: object) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may just have ended
-            outer = psutil.Process(runner.pid)
-            ranks = [rank for inner in outer.children() for rank in inner.children()]
-            for process in ranks or [*outer.children(), outer]:
-                process.send_signal(signal.SIGTERM)
-
-    signals = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
-        signals.append(signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in signals}
-    try:
-        status = runner.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    return launch(launcher, [*words, *arguments.overrides])
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -275,11 +242,20 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _trace(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.trace import write_trace
+
+    run_dir = Path(arguments.run_dir)
+    out = write_trace(run_dir, Path(arguments.out) if arguments.out else run_dir / "trace.json")
+    print(f"trace: {out} (open it in chrome://tracing or https://ui.perfetto.dev)")
+    return 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    from tcopd_fast.commands import run_export
+    from tcopd_fast.export import run_export
 
     out = Path(arguments.out) if arguments.out else None
-    return run_export(Path(arguments.run_dir), out, arguments.step, arguments.best)
+    return run_export(Path(arguments.run_dir), out, arguments.step, arguments.best, arguments.adapter)
 
 
 def _delta(arguments: argparse.Namespace) -> int:
@@ -304,6 +280,28 @@ def _serve_teacher(arguments: argparse.Namespace) -> int:
 
     names = [field.name for field in dataclasses.fields(Service)]
     serve(Service(**{name: getattr(arguments, name) for name in names}))
+
+
+def _serve_rollout(arguments: argparse.Namespace) -> int:
+    from tcopd_fast.refusals import check_server_options
+    from tcopd_fast.rollout.serve import default_dtype, serve
+    from tcopd_fast.rollout.server_command import EngineSpec
+
+    try:
+        check_server_options(arguments.vllm, "--vllm")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    spec = EngineSpec(
+        model_path=arguments.model,
+        dtype=arguments.dtype or default_dtype(),
+        options=arguments.vllm,
+        **{
+            field.name: getattr(arguments, field.name)
+            for field in dataclasses.fields(EngineSpec)
+            if field.name not in ("model_path", "dtype", "options")
+        },
+    )
+    return serve(spec, arguments.host, arguments.port)
 
 
 def _miniature(arguments: argparse.Namespace) -> int:

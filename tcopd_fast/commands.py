@@ -1,9 +1,8 @@
-"""`tcopd eval`, `tcopd score` and `tcopd export`: single-process commands on finished checkpoints."""
+"""`tcopd eval` and `tcopd score`: single-process commands on finished checkpoints."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM
 
-from tcopd_fast import checkpoints, rundir
+from tcopd_fast import rundir
 from tcopd_fast.config import EvalRunConfig
 from tcopd_fast.config_io import dump_config, read_tree, validate
 from tcopd_fast.config_sections import LoggingConfig
@@ -24,14 +22,12 @@ from tcopd_fast.errors import UserError
 from tcopd_fast.evaluate import evaluate, write_samples
 from tcopd_fast.judges import Judges
 from tcopd_fast.models import (
-    DTYPES,
     PackedCausalLM,
     check_tokenizer,
     load_causal_lm,
     load_model_config,
     load_tokenizer,
     max_positions,
-    resolve_path,
 )
 from tcopd_fast.monitor import MetricsLog, Progress
 from tcopd_fast.packing import pack, split_by_tokens
@@ -158,60 +154,6 @@ def _score(
         for i, part in zip(group, logprob_N.split([len(pairs[i][1]) for i in group]), strict=True):
             out[i] = part.tolist()
     return out
-
-
-def run_export(run_dir: Path, out: Path | None, step: int | None, best: bool = False) -> int:
-    """Write a checkpoint's student as a plain Hugging Face folder (safetensors) that transformers and vLLM load.
-
-    step: which; without it the one with the best evaluation (best) or the newest.
-    """
-    config = rundir.open_run(run_dir)
-    steps = checkpoints.checkpoint_steps(run_dir)
-    newest = steps[-1] if steps else None
-    chosen = step if step is not None else checkpoints.best_step(run_dir) if best else newest
-    if best and chosen is None:
-        raise UserError(f"{run_dir}: no checkpoint was evaluated; set checkpoint.keep_best, or give --step")
-    if chosen not in steps:
-        raise UserError(f"{run_dir}: no checkpoint at step {chosen}; there are {steps or 'none'}")
-    folder = out or run_dir / "export"
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--out {folder}: not empty; give another folder")
-    weights = _checkpoint_weights(checkpoints.checkpoint_dir(run_dir, chosen), config.learner.zero_stage)
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_path(config.model.path),
-        dtype=DTYPES[config.model.dtype],
-        use_safetensors=True,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    own = dict(model.named_parameters())
-    missing = sorted(set(own) - set(weights))
-    if missing:
-        raise UserError(f"{run_dir}: checkpoint {chosen} lacks {missing[0]}; it is damaged, use an earlier --step")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-        model.save_pretrained(partial)
-        load_tokenizer(config.model.path, config.model.trust_remote_code).save_pretrained(partial)
-        folder.mkdir(exist_ok=True)
-        for file in Path(partial).iterdir():
-            file.replace(folder / file.name)
-    print(f"exported step {chosen}: {folder}")
-    return 0
-
-
-def _checkpoint_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
-    """Hugging Face name -> whole tensor: float32 masters gathered from the shards at stage 3, the module's below."""
-    if zero_stage == 3:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoints.FILES)
-    else:
-        # DeepSpeed's own file; it holds more than tensors, which is why resuming and exporting need a trusted run.
-        file = folder / checkpoints.FILES / "mp_rank_00_model_states.pt"
-        state = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _named(item: str) -> tuple[str, str]:

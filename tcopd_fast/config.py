@@ -29,10 +29,13 @@ from tcopd_fast.config_sections import (
     RolloutConfig,
     ScoringConfig,
     Section,
+    VllmServerConfig,
 )
+from tcopd_fast.refusals import check_server_options
 
 # Validation context of a run that is to happen on another machine, so that no optional package is needed here.
 ELSEWHERE = "elsewhere"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Config(Section):
@@ -92,11 +95,15 @@ class Config(Section):
                 f"{self.rollout.prompts_per_step}; every optimizer step needs a prompt"
             )
         _check_sampling(self.rollout, self.eval)
+        _check_lengths(self.rollout)
         _check_engines(self.rollout, self.objective)
         _check_servers(self)
+        _check_waits(self)
         if info.context != ELSEWHERE:
             _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
             _need("flash_attn", self.model.attention == "flash_attention_2", "model.attention=flash_attention_2")
+            _need("peft", self.model.lora is not None, "model.lora")
+            _need("liger_kernel", self.model.liger, "model.liger=true")
             _need("wandb", self.logging.wandb_project is not None, "logging.wandb_project")
         return self
 
@@ -136,6 +143,8 @@ class EvalRunConfig(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> EvalRunConfig:
+        if self.model.lora is not None:
+            raise ValueError("model.lora: is for training; evaluate the merged model that `tcopd export RUN` writes")
         _check_sampling(self.rollout, self.eval)
         _check_judges(self.judge)
         _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")
@@ -172,6 +181,22 @@ def _check_sampling(rollout: RolloutConfig, evaluation: EvalConfig) -> None:
             raise ValueError(f"{key}={value}: the vllm engine samples between 0.01 and 2; use rollout.engine=hf")
 
 
+def _check_lengths(rollout: RolloutConfig) -> None:
+    before = 0
+    for number, bucket in enumerate(rollout.length_buckets):
+        where = f"rollout.length_buckets[{number}]"
+        if bucket.max_prompt_tokens <= before:
+            raise ValueError(
+                f"{where}.max_prompt_tokens={bucket.max_prompt_tokens}: not above the bucket before; sort them"
+            )
+        if bucket.max_new_tokens > rollout.max_new_tokens:
+            raise ValueError(
+                f"{where}.max_new_tokens={bucket.max_new_tokens} exceeds rollout.max_new_tokens="
+                f"{rollout.max_new_tokens}; raise that, which holds for every response"
+            )
+        before = bucket.max_prompt_tokens
+
+
 def _check_engines(rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
     """Engines in processes of their own, as far as it can be seen before any is started."""
     apart = rollout.engine == "vllm" and rollout.vllm.mode == "server"
@@ -185,8 +210,16 @@ def _check_engines(rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
             f"rollout.staleness={rollout.staleness} with objective.is_cap=null: samples of older weights would count "
             "as the present policy's; set a cap"
         )
+    if rollout.partial_share and not rollout.staleness:
+        raise ValueError(
+            f"rollout.partial_share={rollout.partial_share}: a response that goes on into the next step has tokens of "
+            "older weights; set rollout.staleness to 1 or more"
+        )
     settings = rollout.vllm.server
-    if apart and settings.gpus:
+    check_server_options(settings.options)
+    if settings.urls:
+        _check_engine_urls(settings, apart)
+    elif apart and settings.gpus:
         if len(settings.gpus) != settings.engines:
             raise ValueError(
                 f"rollout.vllm.server.gpus names GPUs for {len(settings.gpus)} engines, "
@@ -198,6 +231,34 @@ def _check_engines(rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
                 f"rollout.vllm.server.gpus={settings.gpus}: give each engine {settings.tensor_parallel_size} GPUs of "
                 "its own (rollout.vllm.server.tensor_parallel_size)"
             )
+
+
+def _check_engine_urls(settings: VllmServerConfig, apart: bool) -> None:
+    key = "rollout.vllm.server.urls"
+    if not apart:
+        raise ValueError(f"{key}: engines in processes of their own; set rollout.engine=vllm rollout.vllm.mode=server")
+    started = {"engines": settings.engines not in (1, len(settings.urls)), "gpus": settings.gpus,
+               "options": settings.options}  # fmt: skip
+    for name, given in started.items():
+        if given:
+            raise ValueError(
+                f"rollout.vllm.server.{name}: is for engines that the trainer starts, and those of {key} run already; "
+                "leave it out, and tell `tcopd serve-rollout`"
+            )
+    hosts = []
+    for url in settings.urls:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+            raise ValueError(f"{key}: {url!r}; give base URLs like http://10.0.0.2:8100")
+        hosts.append(parts.hostname)
+    if len({url.rstrip("/") for url in settings.urls}) != len(settings.urls):
+        raise ValueError(f"{key}: {', '.join(settings.urls)} names an engine twice; give each once")
+    far = next((host for host in hosts if host not in LOOPBACK), None)
+    if settings.address in LOOPBACK and far is not None:
+        raise ValueError(
+            f"rollout.vllm.server.address={settings.address}: the engine on {far} gets its weights from the first rank's "
+            "machine and cannot reach it there; give that machine's name or address in your network"
+        )
 
 
 def _check_servers(config: Config) -> None:
@@ -227,6 +288,28 @@ def _check_servers(config: Config) -> None:
                     f"{setting}={value}: a server's prompt logprobs are at temperature 1 only; set it to 1, or give "
                     f"{key} another placement"
                 )
+
+
+def _check_waits(config: Config) -> None:
+    """What one rank may wait for must fit into what the others wait for it."""
+    waits = {
+        f"teachers.{name}.server.deadline_s": (teacher.server.deadline_s, "for a step's scores")
+        for name, teacher in config.teachers.items()
+        if teacher.server is not None
+    }
+    if config.reference is not None and config.reference.server is not None:
+        waits["reference.server.deadline_s"] = config.reference.server.deadline_s, "for a step's scores"
+    if config.rollout.engine == "vllm" and config.rollout.vllm.mode == "server":
+        server = config.rollout.vllm.server
+        waits["rollout.vllm.server.request_timeout_s"] = server.request_timeout_s, "for a response"
+        waits["rollout.vllm.server.start_timeout_s"] = server.start_timeout_s, "for an engine to start"
+    limit = config.learner.rank_timeout_s
+    for key, (seconds, what) in waits.items():
+        if limit < seconds:
+            raise ValueError(
+                f"learner.rank_timeout_s={limit:g} is below {key}={seconds:g}: the other ranks would take a rank that "
+                f"waits so long {what} for lost; raise the one or lower the other"
+            )
 
 
 def _need(module: str, wanted: bool, key: str) -> None:

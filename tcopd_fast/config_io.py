@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from tcopd_fast.config import ELSEWHERE, Config, nearest
 from tcopd_fast.errors import UserError
+from tcopd_fast.refusals import SAMPLING_KEYS
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -91,6 +92,11 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
     """One pydantic error as one line: key, what is wrong, remedy."""
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
+    if item["type"] == "extra_forbidden" and location[0] in ("rollout", "eval") and location[-1] in SAMPLING_KEYS:
+        return (
+            f"{key}: not offered: sampling with it follows another distribution than the policy whose logprobs are "
+            "trained on and compared; temperature is the only such setting"
+        )
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(location[-1], _siblings(location, schema))}"
     if item["type"] == "missing":

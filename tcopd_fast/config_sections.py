@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -24,6 +24,36 @@ class Section(BaseModel):
     )
 
 
+class LoraConfig(Section):
+    """The student as a frozen base and a trained LoRA adapter (docs/learner.md)."""
+
+    rank: PositiveInt = 16
+    """Rank of the factors."""
+    alpha: PositiveFloat = 32.0
+    """Scale: every layer computes W + (alpha / rank) · B A."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers with an adapter: every linear layer but the head, or names such as [q_proj, v_proj]."""
+    dropout: NonNegativeFloat = 0.0
+    """Only 0: an update with dropout would not be that of the policy that sampled."""
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value:
+            raise ValueError(
+                f"model.lora.dropout={value}: with dropout the learner's logprobs are those of another policy than the "
+                "one that sampled, so the ratio is not 1 on policy; set 0"
+            )
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("model.lora.target_modules=[]: names no layer; give all-linear or names like [q_proj]")
+        return value
+
+
 class ModelConfig(Section):
     """The student (and how every model is run unless it says otherwise)."""
 
@@ -37,6 +67,10 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass."""
     trust_remote_code: bool = False
     """Run Python code shipped with a checkpoint. Off unless you set it."""
+    lora: LoraConfig | None = None
+    """Train a LoRA adapter on the frozen weights of `path` instead of all weights; needs the package peft."""
+    liger: bool = False
+    """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU in every model of the run; needs liger-kernel and a GPU."""
 
 
 class ServerConfig(Section):
@@ -132,10 +166,15 @@ class DataConfig(Section):
 
 
 class VllmServerConfig(Section):
-    """vLLM engines in processes of their own, which the first rank starts on its machine."""
+    """vLLM engines in processes of their own, which the first rank starts on its machine, or which run already."""
 
     engines: PositiveInt = 1
-    """Engines; prompts are spread over them."""
+    """Engines to start; prompts are spread over them."""
+    urls: list[str] = Field(default_factory=list)
+    """Engines that run already, on any machine, each started there by `tcopd serve-rollout`: [http://10.0.0.2:8100];
+    none is started then. An engine serves one run at a time."""
+    address: str = "127.0.0.1"
+    """The first rank's machine, as the engines of `urls` reach it to get weights: its name or address in your network."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs of one engine."""
     gpus: list[list[NonNegativeInt]] = Field(default_factory=list)
@@ -171,6 +210,15 @@ class VllmConfig(Section):
     """No CUDA graphs (always on a CPU)."""
 
 
+class LengthBucket(Section):
+    """Prompts up to some length, and how long their responses may be."""
+
+    max_prompt_tokens: PositiveInt
+    """Prompts of at most so many tokens (and more than the bucket before)."""
+    max_new_tokens: PositiveInt
+    """Longest response to them."""
+
+
 class RolloutConfig(Section):
     """Stage 2: the student samples its own answers. Temperature is the only distribution setting; top-p,
     top-k and penalties would make the sampler differ from the policy and are not offered."""
@@ -183,11 +231,18 @@ class RolloutConfig(Section):
     """Responses sampled per prompt."""
     max_new_tokens: PositiveInt = 16384
     """Longest response."""
+    length_buckets: list[LengthBucket] = Field(default_factory=list)
+    """Shorter limits for responses to short prompts: [{max_prompt_tokens: 128, max_new_tokens: 2048}]; prompts longer
+    than the last bucket's have max_new_tokens."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; logprobs, scoring and loss use the same."""
     staleness: NonNegativeInt = 0
     """Batches that are generated ahead while the learner works, so the weight syncs that may lie between a sample and
     its update; 0 is strictly on-policy. Above 0 needs engine vllm in mode server."""
+    partial_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a step's responses that need not be finished: they go on and join a later step's batch, with the tokens
+    and logprobs they have; those that get older than `staleness` are dropped. One step of the bound is left for them,
+    so staleness − 1 batches are generated ahead."""
     max_batch_size: PositiveInt = 256
     """hf: sequences decoded at once on one rank."""
     vllm: VllmConfig = Field(default_factory=VllmConfig)
@@ -282,6 +337,8 @@ class LearnerConfig(Section):
     """Packed tokens of one forward and backward (one longer sequence still goes alone)."""
     max_skipped_steps: PositiveInt = 5
     """So many optimizer steps in a row skipped for a gradient that is not finite end the run with a diagnosis.json."""
+    offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
+    """What lives in host memory: the optimizer with its float32 weights, and under ZeRO 3 the weights too."""
     rank_timeout_s: PositiveFloat = 1800.0
     """Longest wait of a rank for another: for its start, its rollouts, its scoring."""
 
@@ -344,3 +401,5 @@ class LoggingConfig(Section):
     """Log to this Weights & Biases project (needs the wandb package)."""
     token_samples: NonNegativeInt = 4
     """Responses per step whose per-token advantages are kept for the report."""
+    timeline: bool = True
+    """Write RUN/timeline.jsonl: when every rank and engine did what, for `tcopd trace` and the report."""

@@ -23,7 +23,7 @@ def run_demo(out: Path, steps: int | None) -> int:
     OUT is replaced when an earlier demo made it; any other non-empty folder is refused with UserError.
     Returns the exit status of the first run that failed, else 0.
     """
-    from tcopd_fast.cli import launch
+    from tcopd_fast.launcher import launch, read_options
 
     began = time.monotonic()
     shared = [f"steps={steps}"] if steps is not None else []
@@ -42,7 +42,7 @@ def run_demo(out: Path, steps: int | None) -> int:
         words = [f"run_dir={out / name}", *shared, *overrides]
         lambdas = load_config(CONFIG, words).objective.lambdas
         print(f"== {name}: training with λ = {lambdas}", flush=True)
-        status = launch(1, ["--config", str(CONFIG), *words])
+        status = launch(read_options("", 1), ["--config", str(CONFIG), *words])
         if status:
             return status
     runs = [out / name for name in (*RUNS, *BASELINES)]

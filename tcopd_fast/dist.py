@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from tcopd_fast.errors import PeerError, UserError
 T = TypeVar("T")
 TIMEOUT_S = 1800.0
 ROLL_CALL_S = 10.0
+# The store lives in rank 0's process, which stays this long after an error for the others to see the same.
+LINGER_S = 1.0
 
 
 class LostRankError(UserError):
@@ -95,6 +98,25 @@ class World:
             raise refusal or PeerError(outcome[1])
         return outcome[0]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work`, which holds no collective, returns on this rank. A collective.
+
+        When it raises UserError on some rank, all ranks raise: each message is the UserError of the first rank that met
+        it, and PeerError on the others.
+        """
+        mine: UserError | None = None
+        try:
+            out = work()
+        except UserError as error:
+            mine = error
+        messages = self.gather(None if mine is None else str(mine))
+        if mine is not None:
+            raise mine if messages.index(str(mine)) == self.rank else PeerError(str(mine)) from mine
+        for message in messages:
+            if message is not None:
+                raise PeerError(message)
+        return out
+
     def agreed(self, message: str) -> UserError:
         """An error that every rank meets alike, to be raised on all of them: the main process alone reports it."""
         return UserError(message) if self.is_main else PeerError(message)
@@ -109,18 +131,36 @@ class World:
         """Turns the failure of a collective inside the block into a LostRankError that names the missing ranks.
 
         Every rank that meets such a failure answers a roll call over the rendezvous store; one that does not answer in
-        time is gone or hangs. Other errors, and one that no missing rank explains, are raised as they are.
+        time is gone or hangs. Other errors, and one that no missing rank explains, are raised as they are, but a
+        UserError that another rank has met already as a PeerError.
         """
         try:
             yield
+        except PeerError:
+            raise
+        except UserError as error:
+            raise self._said_once(error) from error
         except RuntimeError as error:
             missing = _roll_call(self, "lost", self.roll_call_s) if _is_of_a_collective(error) else []
             if not missing:
                 raise
-            raise LostRankError(
+            lost = LostRankError(
                 f"{_ranks(missing)} of {self.size} ended or hung and the others cannot go on without; read the output "
                 f"of the missing rank first, then continue with --resume ({str(error).strip().splitlines()[0]})"
-            ) from error
+            )
+            raise self._said_once(lost) from error
+
+    def _said_once(self, error: UserError) -> UserError:
+        """The error itself on the first rank that meets it, PeerError on others; itself where that cannot be known."""
+        if self.size == 1:
+            return error
+        try:
+            first = self.store.add(f"tcopd/error/{sha256(str(error).encode()).hexdigest()}", 1) == 1
+        except RuntimeError:
+            return error  # the store went with rank 0
+        if self.is_main:
+            time.sleep(LINGER_S)
+        return error if first else PeerError(str(error))
 
     def _reduce(self, values: dict[str, float], operation: Any) -> dict[str, float]:
         if self.size == 1 or not values:
@@ -207,7 +247,7 @@ def _roll_call(world: World, name: str, wait_s: float) -> list[int]:
     except RuntimeError:
         return [0]  # the store lives in rank 0's process
     if world.is_main and missing:
-        time.sleep(1.0)  # so that the others see the same before the store goes
+        time.sleep(LINGER_S)
     return sorted(missing)
 
 
@@ -215,8 +255,7 @@ def _ranks(ranks: list[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
-def free_port() -> int:
-    """A TCP port that was free on the loopback interface a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that was free at this machine's `address` a moment ago. Raises OSError when it has no such address."""
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         return probe.getsockname()[1]

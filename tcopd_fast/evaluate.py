@@ -70,18 +70,21 @@ def evaluate(
     An empty `prompts` gives an empty evaluation (a rank may have no share). Every prompt must have an answer
     (`data.load_eval_sets` sees to it).
     """
-    rollouts: list[Rollout] = []
-    if prompts:
-        rollouts = engine.generate(
-            prompts,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            on_finished=on_finished,
-        )
+    rollouts = engine.generate(
+        prompts,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        on_finished=on_finished,
+    )
+    return judged(rollouts, judges, samples, seed)
+
+
+def judged(rollouts: Sequence[Rollout], judges: Judges, samples: int, seed: int) -> Evaluation:
+    """The evaluation of B·k rollouts, prompt-major, with k = `samples`."""
     verdicts = [bool(verdict) for verdict in judges.rollouts(rollouts)]
-    return Evaluation(tuple(rollouts), np.array(verdicts, dtype=bool).reshape(len(prompts), samples), seed)
+    return Evaluation(tuple(rollouts), np.array(verdicts, dtype=bool).reshape(-1, samples), seed)
 
 
 def merge(parts: Sequence[Evaluation]) -> Evaluation:

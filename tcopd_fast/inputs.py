@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -10,7 +10,9 @@ from itertools import chain
 import torch
 
 from tcopd_fast import checkpoints
+from tcopd_fast.adapter import check_targets
 from tcopd_fast.config import Config, longest_sequence
+from tcopd_fast.config_sections import LengthBucket
 from tcopd_fast.data import load_eval_sets, load_prompts
 from tcopd_fast.errors import UserError
 from tcopd_fast.judges import Judges
@@ -46,12 +48,14 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: fewer than the {world_size} ranks; raise it"
         )
     vllm = config.rollout.vllm
-    if config.rollout.engine == "vllm" and vllm.mode == "server" and torch.cuda.is_available() and not vllm.server.gpus:
+    apart = config.rollout.engine == "vllm" and vllm.mode == "server" and not vllm.server.urls
+    if apart and torch.cuda.is_available() and not vllm.server.gpus:
         raise UserError(
             "rollout.vllm.server.gpus: not set; name the GPUs of every engine, apart from the learner's, "
             "for example [[7]]"
         )
     models = check_models(config)
+    check_targets(config)
     check_adapters(config)
     loaded = load_prompts(config.data.train, models.tokenizer, config.data)
     prompts = weighted_prompts(loaded.prompts, config.data.domain_weights)
@@ -82,7 +86,10 @@ def sampling_seed(seed: int, step: int) -> int:
 
 
 def prompts_of_step(config: Config, inputs: Inputs, step: int) -> list[Prompt]:
-    """The step's prompts over all ranks; a prompt met twice in one step gets its own id, hence its own samples."""
+    """The step's prompts over all ranks, each with the limit of its length bucket.
+
+    A prompt met twice in one step gets its own id, hence its own samples.
+    """
     chosen = batch_for_step(
         inputs.prompts,
         step,
@@ -95,5 +102,12 @@ def prompts_of_step(config: Config, inputs: Inputs, step: int) -> list[Prompt]:
     out = []
     for prompt in chosen:
         seen[prompt.id] = seen.get(prompt.id, 0) + 1
-        out.append(prompt if seen[prompt.id] == 1 else replace(prompt, id=f"{prompt.id}@{seen[prompt.id]}"))
+        name = prompt.id if seen[prompt.id] == 1 else f"{prompt.id}@{seen[prompt.id]}"
+        limit = bucket_limit(len(prompt.token_ids), config.rollout.length_buckets)
+        out.append(replace(prompt, id=name, max_new_tokens=limit))
     return out
+
+
+def bucket_limit(prompt_tokens: int, buckets: Sequence[LengthBucket]) -> int | None:
+    """Longest response to a prompt of this length, None where no bucket holds it. buckets: ascending."""
+    return next((b.max_new_tokens for b in buckets if prompt_tokens <= b.max_prompt_tokens), None)

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcopd_fast.adapter import add_adapter, base_weights, student_tensors
 from tcopd_fast.checkpoints import FILES, FileSum, write_file
+from tcopd_fast.clock import StageClock
 from tcopd_fast.config import Config
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.loss import policy_loss
-from tcopd_fast.models import ModelSet, PackedCausalLM, first_line, load_causal_lm
-from tcopd_fast.monitor import StageClock
+from tcopd_fast.models import HfZero3, ModelSet, PackedCausalLM, first_line, load_causal_lm
 from tcopd_fast.packing import pack, split_by_tokens
+from tcopd_fast.scoring.weights import WeightSource
 from tcopd_fast.types import Batch, Rollout
 
 
@@ -64,15 +66,19 @@ class Learner:
                 vocab_size=models.vocab_size,
                 trust_remote_code=config.model.trust_remote_code,
             )
+        if config.model.lora is not None:
+            add_adapter(lm, config.model.lora, config.seed)
         if config.model.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lm.train()
         optimizer = torch.optim.AdamW(
-            lm.parameters(),
+            [parameter for parameter in lm.parameters() if parameter.requires_grad],
             lr=config.learner.lr,
             betas=config.learner.betas,
             eps=config.learner.eps,
             weight_decay=config.learner.weight_decay,
+            # One vectorised pass on the host's cores; torch's plain loop makes several.
+            fused=True if config.learner.offload != "none" else None,
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=settings)
 
@@ -185,10 +191,19 @@ class Learner:
         return self.world.max({"broken": float(not finite)})["broken"] == 0
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every parameter, tied ones once; gathered singly under ZeRO-3."""
-        for name, parameter in self.lm.model.named_parameters():
-            with self._gathered([parameter]):
-                yield name, parameter.detach()
+        """(Hugging Face name, whole tensor) of every weight, tied ones once, adapters merged; see `student_tensors`.
+
+        Under ZeRO-3 they are gathered one after another, each with its own factors.
+        """
+        for tensor in student_tensors(self.lm.model):
+            with self._gathered(tensor.parameters()):
+                yield tensor.name, tensor.whole()
+
+    def frozen_base(self) -> WeightSource | None:
+        """What a LoRA student started from, where it is whole in this process: under ZeRO 1 and 2."""
+        if self.config.model.lora is None or self.config.learner.zero_stage == 3:
+            return None
+        return base_weights(self.lm.model)
 
     def _gathered(self, parameters: list[Any]) -> Any:
         if self.config.learner.zero_stage < 3:
@@ -205,7 +220,14 @@ class Learner:
         sums: dict[str, FileSum] = {}
         errors: list[OSError] = []
 
+        # A frozen base is what model.path holds; it is the same in every checkpoint.
+        frozen = self._frozen()
+
         def write(state_dict: Any, path: str) -> None:
+            if "module" in state_dict:
+                # DeepSpeed leaves out a tied tensor under one of its names only.
+                module = state_dict["module"]
+                state_dict = {**state_dict, "module": {n: t for n, t in module.items() if n not in frozen}}
             try:
                 sums[str(Path(path).relative_to(folder))] = write_file(Path(path), partial(torch.save, state_dict))
             except OSError as error:
@@ -216,7 +238,13 @@ class Learner:
         self.engine._copy_recovery_script = lambda folder: None
         # Under a key of our own: DeepSpeed keeps counters of its own beside the client state.
         state = {"tcopd": {"steps_taken": self.steps_taken}}
-        self.engine.save_checkpoint(str(folder), tag=FILES, client_state=state, save_latest=False)
+        self.engine.save_checkpoint(
+            str(folder),
+            tag=FILES,
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=bool(frozen),
+        )
         if errors:
             raise errors[0]
         return sums
@@ -224,7 +252,7 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, at the same number of ranks. Raises UserError when it cannot be read."""
         try:
-            path, state = self.engine.load_checkpoint(str(folder), tag=FILES)
+            path, state = self.engine.load_checkpoint(str(folder), tag=FILES, custom_load_fn=self._load_module)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"checkpoint {folder}: damaged ({first_line(error)}); delete it to resume from the one before"
@@ -234,9 +262,25 @@ class Learner:
         self.steps_taken = state["tcopd"]["steps_taken"]
 
 
+    def _load_module(self, src: dict[str, Tensor], dst: PackedCausalLM) -> None:
+        """What DeepSpeed calls with a checkpoint's tensors; only frozen ones may be missing. Raises RuntimeError."""
+        found = dst.load_state_dict(src, strict=False)
+        if wrong := sorted(set(found.missing_keys) - self._frozen()) + found.unexpected_keys:
+            raise RuntimeError(f"it does not fit the student: {wrong[0]}")
+
+    def _frozen(self) -> set[str]:
+        """Names of all parameters that are not trained, a tied one under both of its names."""
+        return {name for name, p in self.lm.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's settings for a run. Micro-batches vary in number, so `step()` is the accumulation boundary."""
     zero: dict[str, Any] = {"stage": config.learner.zero_stage, "overlap_comm": config.learner.zero_stage == 2}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.learner.offload != "none":
+        zero["offload_optimizer"] = host
+    if config.learner.offload == "optimizer_and_weights":
+        zero["offload_param"] = host
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
@@ -260,20 +304,3 @@ def _sharded_loading(settings: dict[str, Any], stage: int) -> Any:
     if stage < 3:
         return nullcontext()
     return HfZero3(settings)
-
-
-class HfZero3:
-    """While open, transformers loads checkpoints straight into the shards of these ZeRO-3 settings."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-
-    def __enter__(self) -> None:
-        from transformers.integrations import HfDeepSpeedConfig
-
-        self.handle = HfDeepSpeedConfig(self.settings)
-
-    def __exit__(self, *error: object) -> None:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()

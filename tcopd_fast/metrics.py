@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcopd_fast.balance import Share
 from tcopd_fast.config import Config
 from tcopd_fast.dist import World
 from tcopd_fast.learner import UpdateResult
@@ -53,7 +54,7 @@ def step_metrics(
 def routing_metrics(
     config: Config, world: World, needs: Mapping[Any, Sequence[int]], rewarded: Sequence[RewardedRollout]
 ) -> dict[str, float]:
-    """What λ = 0 saved in this step's scoring. A collective.
+    """What λ = 0 saved in this step's scoring, and the tokens that scoring and learning ran over. A collective.
 
     needs: indices of the samples that every distinct frozen model scored. A forward runs over prompt and response, so
     the share routed away counts both.
@@ -63,12 +64,45 @@ def routing_metrics(
         {name: float(sum(bool(item.lambdas[name]) for item in rewarded)) for name in config.teachers}
         | {
             ".samples": float(len(rewarded)),
+            ".tokens": float(sum(lengths)),
+            ".old": float(
+                sum(n for n, item in zip(lengths, rewarded, strict=True) if item.scored.old_logprob is not None)
+            ),
             ".pairs": float(len(needs) * sum(lengths)),
             ".scored": float(sum(lengths[i] for indices in needs.values() for i in indices)),
         }
     )
     shares = {f"scoring/{name}/sample_share": _mean(sums[name], sums[".samples"]) for name in config.teachers}
-    return shares | {"scoring/routed_away_share": 1.0 - _mean(sums[".scored"], sums[".pairs"])}
+    return shares | {
+        "scoring/routed_away_share": 1.0 - _mean(sums[".scored"], sums[".pairs"]),
+        "scoring/tokens": sums[".scored"] + sums[".old"],
+        "learner/tokens": sums[".tokens"] * config.learner.epochs,
+    }
+
+
+def generation_metrics(
+    world: World, share: Share, needs: Mapping[Any, Sequence[int]], ahead: Mapping[str, float]
+) -> dict[str, float]:
+    """How responses came to this step's batch and were spread over the ranks. A collective.
+
+    needs: as `routing_metrics` takes it. ahead: this rank's counts of partial batches, summed here.
+    """
+    lengths = [len(r.prompt.token_ids) + len(r.token_ids) for r in share.rollouts]
+    early = sum(lengths[i] for key, indices in needs.items() for i in indices if key in share.scores[i])
+    sums = world.sum(
+        {
+            ".early": float(early),
+            ".all": float(sum(lengths[i] for indices in needs.values() for i in indices)),
+            "rollout/responses": float(len(share.rollouts)),
+            **ahead,
+        }
+    )
+    return {
+        "scoring/early_share": _mean(sums.pop(".early"), sums.pop(".all")),
+        "batch/imbalance": share.imbalance,
+        "batch/imbalance_before": share.imbalance_before,
+        **sums,
+    }
 
 
 def token_samples(

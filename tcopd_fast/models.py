@@ -176,6 +176,23 @@ def load_causal_lm(
     return PackedCausalLM(model, vocab_size)
 
 
+class HfZero3:
+    """While open, transformers loads checkpoints straight into the shards of these ZeRO-3 settings."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def __enter__(self) -> None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.handle = HfDeepSpeedConfig(self.settings)
+
+    def __exit__(self, *error: object) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 @dataclass(frozen=True)
 class ModelSet:
     """What was learnt from the configs and tokenizers before any weight was loaded.

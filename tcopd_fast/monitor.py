@@ -1,7 +1,8 @@
-"""What a person sees of a run while it goes: stage clock, metric files, progress lines.
+"""What a person sees of a run while it goes: metric files, progress lines.
 
 Files under the run directory, one strict JSON object per line: metrics.jsonl (a line per step), eval.jsonl
-(a line per step and evaluation set), token_samples.jsonl (a line per kept response).
+(a line per step and evaluation set), token_samples.jsonl (a line per kept response), timeline.jsonl (a line per step,
+see `timeline`).
 """
 
 from __future__ import annotations
@@ -9,142 +10,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
-import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from tcopd_fast.config_sections import LoggingConfig
 from tcopd_fast.errors import UserError
-
-STAGES = ("data", "rollout", "scoring", "reward", "batch", "loss", "learner", "weight_sync")
+from tcopd_fast.timeline import StepTimeline
 
 _RUNNING_STEPS = 10
 _MAX_KL_COLUMNS = 4
-
-
-class StageClock:
-    """Seconds and peak memory of every stage of a step.
-
-    Time and memory are charged to the innermost open stage only, so the stages of a step never add up to more
-    than the step. A stage may be entered several times: its seconds add up and its peak is the largest seen.
-
-    device: "cuda": peak of torch's allocator on that device, in bytes. Anything else: the largest resident
-    set of this process while the stage ran, in bytes; where a process may not reset its own high-water mark
-    the value is the peak since the process started (`resets_peak` is False then).
-    synchronize: wait for the device at stage borders, so that queued kernels count where they were launched.
-    """
-
-    def __init__(self, device: torch.device | str, synchronize: bool = True) -> None:
-        self._device = torch.device(device)
-        self._cuda = self._device.type == "cuda"
-        self._synchronize = synchronize and self._cuda
-        self.resets_peak = self._cuda or _can_reset_resident_peak()
-        self._open: list[str] = []
-        self._clear()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Charge the block to stage `name`. Raises ValueError for a name that is not one of STAGES."""
-        if name not in STAGES:
-            raise ValueError(f"unknown stage {name!r}; stages are {', '.join(STAGES)}")
-        self._charge()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._open.pop()
-
-    def collect(self) -> dict[str, float]:
-        """The step's `time_s/<stage>`, `peak_memory_bytes/<stage>` and `time_s/step`; the next step starts.
-
-        Only stages that were entered appear. The step runs from its first stage's entry to this call. Raises
-        RuntimeError inside an open stage.
-        """
-        if self._open:
-            raise RuntimeError(f"collect() inside the open stage {self._open[-1]!r}")
-        now = self._now()
-        entered = [name for name in STAGES if name in self._seconds]
-        metrics: dict[str, float] = {f"time_s/{name}": self._seconds[name] for name in entered}
-        metrics |= {f"peak_memory_bytes/{name}": self._peak[name] for name in entered}
-        metrics["time_s/step"] = 0.0 if self._first is None else now - self._first
-        self._clear()
-        return metrics
-
-    def _clear(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._peak: dict[str, int] = {}
-        self._first: float | None = None
-        self._since = 0.0
-
-    def _charge(self) -> None:
-        """Charge what happened since the last border to the innermost open stage."""
-        now = self._now()
-        self._first = now if self._first is None else self._first
-        if self._open:
-            name = self._open[-1]
-            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
-            self._peak[name] = max(self._peak.get(name, 0), self._read_peak())
-        self._reset_peak()
-        self._since = self._now()
-
-    def _now(self) -> float:
-        if self._synchronize:
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def _read_peak(self) -> int:
-        if self._cuda:
-            return torch.cuda.max_memory_allocated(self._device)
-        return _resident_peak() if self.resets_peak else _process_peak()
-
-    def _reset_peak(self) -> None:
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        elif self.resets_peak:
-            _reset_resident_peak()
-
-
-def _reset_resident_peak() -> None:
-    """Set VmHWM of this process to its present resident set (proc_pid_clear_refs(5), value 5)."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def _resident_peak() -> int:
-    """VmHWM of this process, bytes."""
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
-
-
-def _process_peak() -> int:
-    """Largest resident set since the process started, bytes."""
-    # ru_maxrss is in bytes on macOS and in KiB elsewhere.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _can_reset_resident_peak() -> bool:
-    try:
-        _reset_resident_peak()
-        _resident_peak()
-    except OSError:
-        return False
-    return True
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
@@ -185,7 +67,7 @@ class MetricsLog:
     are written as plain numbers or lists.
 
     resume_step: None for a new run (UserError when the directory already holds metrics), else the step of the
-    checkpoint to go on from: later lines of all three files are cut off, later TensorBoard events are purged.
+    checkpoint to go on from: later lines of all four files are cut off, later TensorBoard events are purged.
     enabled: False makes every method do nothing (ranks other than 0).
     run_config: the resolved configuration, shown by Weights & Biases.
     """
@@ -206,13 +88,14 @@ class MetricsLog:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics", "eval", "token_samples"):
+        for name in ("metrics", "eval", "token_samples", "timeline"):
             path = run_dir / f"{name}.jsonl"
             if resume_step is not None:
                 truncate_jsonl(path, resume_step)
             elif path.exists() and path.stat().st_size:
                 raise UserError(f"run_dir {run_dir}: already holds {path.name}; resume that run or name another folder")
-            self._files[name] = path.open("a", encoding="utf-8")
+            if name != "timeline" or config.timeline:
+                self._files[name] = path.open("a", encoding="utf-8")
         if config.tensorboard:
             self._tensorboard = _open_tensorboard(run_dir / "tensorboard", resume_step)
         if config.wandb_project:
@@ -236,6 +119,10 @@ class MetricsLog:
         """Append token samples, one line per kept response."""
         for record in records:
             self._write("token_samples", record)
+
+    def log_timeline(self, timeline: StepTimeline) -> None:
+        """Append one step's spans; nothing with `logging.timeline` off."""
+        self._write("timeline", timeline.record())
 
     def close(self) -> None:
         """Flush and close everything; calling it again is harmless."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,20 @@ from torch import Tensor
 from tcopd_fast import checkpoints, evaluate
 from tcopd_fast.alarm import Alarms, first_entropy
 from tcopd_fast.batch import shard
+from tcopd_fast.clock import StageClock
 from tcopd_fast.config import Config, longest_sequence
 from tcopd_fast.dist import World
-from tcopd_fast.errors import UserError
 from tcopd_fast.inputs import Inputs, prompts_of_step, sampling_seed
 from tcopd_fast.judges import Judges
 from tcopd_fast.learner import Learner
-from tcopd_fast.monitor import MetricsLog, Progress, StageClock
+from tcopd_fast.metrics import token_samples
+from tcopd_fast.monitor import MetricsLog, Progress
 from tcopd_fast.rollout import RolloutEngine
 from tcopd_fast.rollout.build import build_engine
 from tcopd_fast.scoring import ModelKey, Scorer
-from tcopd_fast.stop import Stop
-from tcopd_fast.types import Rollout, ScoredRollout
+from tcopd_fast.stop import Stop, StopRequested
+from tcopd_fast.timeline import TOKEN_METRICS, StepTimeline, throughput_metrics, tracks_of
+from tcopd_fast.types import Prompt, RewardedRollout, Rollout, ScoredRollout
 from tcopd_fast.weight_sync import LearnerWeights, sync_weights
 
 if TYPE_CHECKING:
@@ -69,13 +71,19 @@ class Run:
         self.parts.judges.close()
         self.parts.engine.close()
 
-    def report_step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        """Log one step; times and memory are the slowest and largest over the ranks."""
-        metrics |= self.parts.world.max(self.parts.clock.collect())
+    def report_step(
+        self, step: int, metrics: dict[str, Any], rewarded: Sequence[RewardedRollout], old_logprobs: Sequence[Tensor]
+    ) -> None:
+        """Log one step; times and memory are the slowest and largest over the ranks. A collective.
+
+        rewarded, old_logprobs: this rank's, in the same order; the first are kept as token samples.
+        """
+        metrics |= self._times(step, metrics)
         flags, warnings = self.parts.alarms.check(step, metrics)
         metrics |= flags
         metrics["learner/failed_saves"] = self.saver.failed
-        self.parts.log.log_tokens(samples)
+        decode, kept = self.inputs.models.tokenizer.decode, self.config.logging.token_samples
+        self.parts.log.log_tokens(token_samples(self.config, step, rewarded, old_logprobs, decode, kept))
         self.parts.log.log(step, metrics)
         self.parts.progress.step(step, metrics)
         if metrics["learner/skipped_steps"]:
@@ -85,10 +93,29 @@ class Run:
         for warning in warnings:
             self.parts.progress.message(warning)
 
+    def _times(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """A step's times and memory over all ranks; the main process adds rates and logs the timeline. A collective."""
+        parts = self.parts
+        own = parts.clock.collect()
+        times = parts.world.max(own.metrics | {"end": own.end})
+        end = times.pop("end")
+        ranks = parts.world.gather_to_main((own, parts.engine.spans(until=end)))
+        if ranks is None:
+            return times
+        timeline = StepTimeline(
+            step=step,
+            start=min(rank.start for rank, _ in ranks),
+            end=end,
+            tokens={stage: int(metrics[key]) for stage, key in TOKEN_METRICS.items()},
+            tracks=tracks_of([rank.spans for rank, _ in ranks], [engines for _, engines in ranks]),
+        )
+        parts.log.log_timeline(timeline)
+        return times | throughput_metrics(timeline)
+
     def stopped(self, step: int) -> bool:
         """Whether some rank was asked to stop; the student after `step` steps is then saved. A collective."""
         parts = self.parts
-        if not parts.world.max({"stop": float(parts.stop.requested is not None)})["stop"]:
+        if not asked_to_stop(parts):
             return False
         if step and not parts.world.on_main(lambda: step in checkpoints.checkpoint_steps(self.config.run_dir)):
             self.saver.save(step, must=True)
@@ -96,18 +123,49 @@ class Run:
         parts.progress.message(f"stopped as asked: {saved}; go on with `tcopd train --resume {self.config.run_dir}`")
         return True
 
+    def catch_up(self, start: int) -> None:
+        """Evaluate what should have been evaluated by step `start` and was not: a stop may have cut it short."""
+        if start == 0:
+            if self.config.eval.at_start:
+                self._evaluate(0)
+            return
+        if not self._evaluation_due(start) or not self.inputs.eval_sets:
+            return
+        path = Path(self.config.run_dir) / "eval.jsonl"
+        world = self.parts.world
+        done = world.on_main(
+            lambda: {r["set"]: r["mean_at_k"] for r in evaluate.read_records(path) if r["step"] == start}
+        )
+        if set(self.inputs.eval_sets) <= set(done):
+            return
+        means = self._evaluate(start, done)
+        if means is not None:
+            score = world.on_main(lambda: checkpoints.score_of(self.config, done | means))
+            world.on_main(lambda: checkpoints.record_score(self.config.run_dir, start, score))
+
     def finish_step(self, step: int) -> None:
-        """Evaluate and save when it is time to."""
+        """Evaluate and save when it is time to. A stop that cuts the evaluation short saves, here or in `stopped`."""
         last = step == self.config.steps
-        every = self.config.eval.every
         score = None
-        if last or (every and step % every == 0):
-            means = evaluate_now(self.config, self.inputs, self.parts, step)
+        if self._evaluation_due(step):
+            means = self._evaluate(step)
+            if means is None:
+                return
             score = self.parts.world.on_main(lambda: checkpoints.score_of(self.config, means))
         every = self.config.checkpoint.every
         due = last or bool(every and step % every == 0)
         if due or self.parts.world.on_main(lambda: checkpoints.is_among_best(self.config, score)):
             self.saver.save(step, score, must=last)
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.eval.every
+        return step == self.config.steps or bool(every and step % every == 0)
+
+    def _evaluate(self, step: int, done: Collection[str] = ()) -> dict[str, float] | None:
+        means = evaluate_now(self.config, self.inputs, self.parts, step, done)
+        if means is None and step == self.config.steps:
+            self.stopped(step)  # no step comes after this one to ask
+        return means
 
     def self_check(self, scored: Sequence[ScoredRollout], old_logprobs: Sequence[Tensor]) -> None:
         """Compare the learner's first logprobs with the same weights as a frozen model. Raises UserError.
@@ -134,7 +192,7 @@ class Run:
             f"(at most {largest:.1e})"
         )
         if not mean <= self.config.scoring.self_check_tolerance:
-            raise UserError(
+            raise world.agreed(
                 f"scoring.self_check_tolerance={self.config.scoring.self_check_tolerance}: the student as a frozen "
                 f"model differs from the learner by {mean:.1e} nats per token; check model.dtype and model.attention"
             )
@@ -157,7 +215,7 @@ def assemble(config: Config, inputs: Inputs, world: World, start: int, resume: b
     )
     # An engine may reseed the global generator while it starts.
     torch.manual_seed(config.seed)
-    scorer = Scorer(config, inputs.models, world)
+    scorer = Scorer(config, inputs.models, world, learner.frozen_base())
     if start:
         learner.load(checkpoints.checkpoint_dir(config.run_dir, start))
         sync_weights(learner, engine, start)
@@ -203,22 +261,25 @@ def _ahead(config: Config, inputs: Inputs, world: World, engine: RolloutEngine) 
     )
 
 
-def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> dict[str, float]:
-    """Evaluate every held-out set with the current student: mean@k of each, on rank 0, which writes the records."""
+def asked_to_stop(parts: Parts) -> bool:
+    """Whether some rank was. A collective."""
+    return bool(parts.world.max({"stop": float(parts.stop.requested is not None)})["stop"])
+
+
+def evaluate_now(
+    config: Config, inputs: Inputs, parts: Parts, step: int, done: Collection[str] = ()
+) -> dict[str, float] | None:
+    """Evaluate every held-out set that is not `done` with the current student: mean@k of each, on rank 0, which writes
+    the records. None on every rank when some rank was asked to stop meanwhile: the set under way is abandoned."""
     world = parts.world
     means: dict[str, float] = {}
     for name, prompts in inputs.eval_sets.items():
-        mine = shard(prompts, world)
-        local = evaluate.evaluate(
-            parts.engine,
-            mine,
-            parts.judges,
-            samples=config.eval.samples,
-            temperature=config.eval.temperature,
-            max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-            seed=sampling_seed(config.seed, -1),
-            on_finished=counter(parts.progress, f"evaluating {name}", len(mine) * config.eval.samples),
-        )
+        if name in done:
+            continue
+        sampled = _sampled(config, parts, name, shard(prompts, world))
+        if asked_to_stop(parts):
+            return None
+        local = evaluate.judged(sampled, parts.judges, config.eval.samples, sampling_seed(config.seed, -1))
         kl = reverse_kl(config, parts, local.rollouts)
         shares = world.gather_to_main(local)
         if shares is None:
@@ -238,6 +299,27 @@ def evaluate_now(config: Config, inputs: Inputs, parts: Parts, step: int) -> dic
         parts.progress.evaluation(record)
         means[name] = record["mean_at_k"]
     return means
+
+
+def _sampled(config: Config, parts: Parts, name: str, prompts: Sequence[Prompt]) -> list[Rollout]:
+    """This rank's answers to its share of a held-out set; none when it is asked to stop meanwhile."""
+    count = counter(parts.progress, f"evaluating {name}", len(prompts) * config.eval.samples)
+
+    def finished(rollout: Rollout) -> None:
+        count(rollout)
+        parts.stop.check()
+
+    try:
+        return parts.engine.generate(
+            prompts,
+            samples=config.eval.samples,
+            max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+            temperature=config.eval.temperature,
+            seed=sampling_seed(config.seed, -1),
+            on_finished=finished,
+        )
+    except StopRequested:
+        return []
 
 
 def counter(progress: Progress, label: str, total: int) -> Callable[[Rollout], None]:

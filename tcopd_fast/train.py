@@ -40,6 +40,17 @@ def resolve(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, arguments.overrides)
 
 
+def resolve_here(arguments: argparse.Namespace) -> Config:
+    """`resolve` for one rank of several. The first rank of a machine alone reports what is refused: the others there
+    have read the same words and files."""
+    try:
+        return resolve(arguments)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise PeerError(str(error)) from error
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, train; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -55,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()
     stop.listen()
     try:
-        config = resolve(arguments)
+        config = resolve_here(arguments)
         if arguments.print_config:
             print(dump_config(config), end="")
             return 0

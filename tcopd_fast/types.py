@@ -23,6 +23,7 @@ class Prompt:
     id: unique within its source. domain: key into a per-domain λ table. token_ids: what the engines see.
     problem: the user's text, for people. answer: the judge's reference, or None when there is none.
     source: where it came from (`data_source` of verl rows, else the path).
+    max_new_tokens: longest response to this one, None where only the engine's limit holds.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Prompt:
     problem: str
     answer: str | None
     source: str
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tcopd_fast.adapter import student_tensors
 from tcopd_fast.learner import Learner
 from tcopd_fast.rollout import RolloutEngine
 
@@ -21,15 +22,15 @@ class LearnerWeights:
         return self.learner.named_weights()
 
     def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, whole shape) of every parameter; under ZeRO-3 the shard itself has another shape."""
+        """(name, dtype, whole shape) of every weight; under ZeRO-3 the shard itself has another shape."""
         return [
-            (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-            for name, parameter in self.learner.lm.model.named_parameters()
+            (tensor.name, tensor.weight.dtype, tuple(getattr(tensor.weight, "ds_shape", tensor.weight.shape)))
+            for tensor in student_tensors(self.learner.lm.model)
         ]
 
 
 def sync_weights(learner: Learner, engine: RolloutEngine, version: int) -> int:
-    """Copy every parameter (gathered one at a time under ZeRO-3), stamp `version` and return it.
+    """Copy every weight (gathered one at a time under ZeRO-3), stamp `version` and return it.
 
     A collective under ZeRO-3 and with engines in processes of their own: every rank must call it. No file is written.
     """

@@ -61,4 +61,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def learning(row: dict[str, Any]) -> dict[str, Any]:
     """A metrics row without what a clock or an allocator says."""
-    return {key: value for key, value in row.items() if not key.startswith(("time_s/", "peak_memory_bytes/"))}
+    measured = ("time_s/", "peak_memory_bytes/")
+    rates = ("/tokens_per_s", "/engine_busy_share", "/overlap_share")
+    return {key: value for key, value in row.items() if not key.startswith(measured) and not key.endswith(rates)}

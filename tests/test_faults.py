@@ -328,9 +328,9 @@ def damage(source: Path, target: Path) -> None:
 
 
 def weights_of(run_dir: Path, stage: int) -> dict[str, torch.Tensor]:
-    from tcopd_fast.commands import _checkpoint_weights
+    from tcopd_fast.export import checkpoint_weights
 
-    return _checkpoint_weights(checkpoint_dir(run_dir, checkpoint_steps(run_dir)[-1]), stage)
+    return checkpoint_weights(checkpoint_dir(run_dir, checkpoint_steps(run_dir)[-1]), stage)
 
 
 def start_weights(tiny) -> dict[str, torch.Tensor]:

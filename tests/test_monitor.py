@@ -15,18 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from tcopd_fast import monitor
+from tcopd_fast import clock as clock_module
+from tcopd_fast.clock import STAGES, StageClock
 from tcopd_fast.config_sections import LoggingConfig
 from tcopd_fast.errors import UserError
-from tcopd_fast.monitor import (
-    STAGES,
-    MetricsLog,
-    Progress,
-    StageClock,
-    format_eval,
-    format_step,
-    truncate_jsonl,
-)
+from tcopd_fast.monitor import MetricsLog, Progress, format_eval, format_step, truncate_jsonl
 
 MIB = 2**20
 FILES_ONLY = LoggingConfig(tensorboard=False)
@@ -46,12 +39,12 @@ def test_clock_sums_reentered_stages_and_resets() -> None:
             time.sleep(0.02)
     with clock.stage("loss"):
         pass
-    metrics = clock.collect()
+    metrics = clock.collect().metrics
     assert metrics["time_s/rollout"] >= 0.04
     assert metrics["time_s/loss"] < metrics["time_s/rollout"]
     assert metrics["time_s/step"] >= metrics["time_s/rollout"] + metrics["time_s/loss"]
     assert "time_s/data" not in metrics
-    assert clock.collect() == {"time_s/step": 0.0}
+    assert clock.collect().metrics == {"time_s/step": 0.0}
 
 
 def test_clock_charges_nested_time_to_the_inner_stage_only() -> None:
@@ -60,7 +53,7 @@ def test_clock_charges_nested_time_to_the_inner_stage_only() -> None:
         with clock.stage("learner"):
             time.sleep(0.05)
         time.sleep(0.01)
-    metrics = clock.collect()
+    metrics = clock.collect().metrics
     assert metrics["time_s/learner"] >= 0.05
     assert metrics["time_s/loss"] >= 0.01
     stages = sum(metrics.get(f"time_s/{stage}", 0.0) for stage in STAGES)
@@ -75,7 +68,7 @@ def test_clock_does_not_count_what_lies_between_steps() -> None:
     time.sleep(0.05)
     with clock.stage("data"):
         pass
-    assert clock.collect()["time_s/step"] < 0.05
+    assert clock.collect().metrics["time_s/step"] < 0.05
 
 
 def test_clock_refuses_unknown_stages_and_early_collection() -> None:
@@ -90,7 +83,7 @@ def test_clock_closes_a_stage_that_raised() -> None:
     clock = StageClock("cpu")
     with pytest.raises(ZeroDivisionError), clock.stage("reward"):
         _ = 1 / 0
-    assert "time_s/reward" in clock.collect()
+    assert "time_s/reward" in clock.collect().metrics
 
 
 def touch_new_pages(size: int) -> None:
@@ -110,7 +103,7 @@ def test_clock_sees_an_allocation_in_the_stage_that_made_it() -> None:
         touch_new_pages(64 * MIB)
     with clock.stage("loss"):
         pass
-    peak = _peaks(clock.collect())
+    peak = _peaks(clock.collect().metrics)
     for quiet in ("data", "loss"):
         assert 56 * MIB < peak["rollout"] - peak[quiet] < 96 * MIB
 
@@ -123,7 +116,7 @@ def test_clock_keeps_the_outer_peak_when_a_stage_nests() -> None:
         touch_new_pages(64 * MIB)
         with clock.stage("reward"):
             pass
-    peak = _peaks(clock.collect())
+    peak = _peaks(clock.collect().metrics)
     assert peak["scoring"] - peak["reward"] > 56 * MIB
 
 
@@ -131,12 +124,12 @@ def test_clock_falls_back_to_the_process_peak(monkeypatch: pytest.MonkeyPatch) -
     def forbidden() -> None:
         raise PermissionError("clear_refs")
 
-    monkeypatch.setattr(monitor, "_reset_resident_peak", forbidden)
+    monkeypatch.setattr(clock_module, "_reset_resident_peak", forbidden)
     clock = StageClock("cpu")
     assert not clock.resets_peak
     with clock.stage("data"):
         pass
-    assert _peaks(clock.collect())["data"] > 10 * MIB
+    assert _peaks(clock.collect().metrics)["data"] > 10 * MIB
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -148,7 +141,7 @@ def test_clock_on_cuda_reads_the_allocator_and_waits() -> None:
         x = torch.ones(4096, 4096, device="cuda")
         for _ in range(20):
             y = x @ x
-    metrics = clock.collect()
+    metrics = clock.collect().metrics
     assert metrics["peak_memory_bytes/loss"] >= metrics["peak_memory_bytes/data"] + 2 * 64 * MIB
     assert metrics["time_s/loss"] > metrics["time_s/data"]
     assert torch.isfinite(y).all()

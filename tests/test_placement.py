@@ -228,6 +228,8 @@ def test_what_routing_saved_is_counted_in_tokens_and_distinct_models(tiny, tmp_p
         "scoring/again/sample_share": pytest.approx(2 / 3),
         "scoring/anti/sample_share": pytest.approx(1 / 3),
         "scoring/routed_away_share": pytest.approx(1 - 44 / 66),
+        "scoring/tokens": 44.0,
+        "learner/tokens": 22.0,
     }
     assert scorer.routing(["x", "y", "z"]) == "expert scores x; anti scores z; again scores x, y"
     assert scorer.routing(["x", "y"]) == "expert scores x; anti scores none; again scores every domain"

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
+from tcopd_fast.clock import STAGES
 from tcopd_fast.config import Config
 from tcopd_fast.config_io import dump_config
 from tcopd_fast.config_sections import LoggingConfig
 from tcopd_fast.errors import UserError
-from tcopd_fast.monitor import STAGES, MetricsLog
+from tcopd_fast.monitor import MetricsLog
 from tcopd_fast.report import format_table, summary_table, write_report
 
 LOG_ONLY = LoggingConfig(tensorboard=False)

@@ -112,21 +112,56 @@ def test_weights_change_under_running_requests(engine, prompts):
     engine.load_weights(Checkpoint("miniature:base"), 2)
     ticket = engine.submit(prompts * 20, samples=4, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=3)
     engine.load_weights(Checkpoint("miniature:expert"), 3)
-    rollouts = engine.collect(ticket, prompts * 20, 4)
+    rollouts = engine.collect(ticket)
     assert len(rollouts) == 320 and {r.version for r in rollouts} <= {2, 3}
 
 
+def forward(model: str, rollouts: list[Rollout]) -> tuple[Tensor, ...]:
+    """float32 logprobs [L] of each rollout's tokens under a checkpoint."""
+    lm = load_causal_lm(model, dtype="float32", attention="sdpa", vocab_size=None)
+    tokens = pack([r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts])
+    with torch.no_grad():
+        return lm.logprobs(tokens, temperature=1.0).logprob.split([len(r.token_ids) for r in rollouts])
+
+
+def test_a_partial_batch_carries_its_slowest_on_with_the_logprobs_of_the_weights_that_made_them(engine, prompts):
+    from tcopd_fast.rollout.ahead import Ahead
+
+    config = RolloutConfig(
+        engine="vllm", samples_per_prompt=4, max_new_tokens=NEW_TOKENS, staleness=1, partial_share=0.4
+    )
+    engine.load_weights(Checkpoint("miniature:base"), 4)
+    # As at step 4 of a run, whose samples may be of version 3 or newer.
+    ahead = Ahead(engine, config, lambda step: prompts * 20 if step == 4 else prompts, lambda step: step, steps=6)
+    first = ahead.take(4, lambda rollout: None)
+    assert 192 <= len(first) < 320 and {r.version for r in first} == {4}
+    engine.load_weights(Checkpoint("miniature:expert"), 5)
+    rest = ahead.take(5, lambda rollout: None)
+    assert len(first) + len(rest) == 320 + 16 and ahead.metrics(5)["rollout/dropped_stale"] == 0
+    carried = [r for r in rest if r.version == 4]
+    mixed = 0
+    for rollout, base, expert in zip(
+        carried, forward("miniature:base", carried), forward("miniature:expert", carried), strict=True
+    ):
+        of_base = (rollout.logprobs - base).abs() < 1e-4
+        of_expert = (rollout.logprobs - expert).abs() < 1e-4
+        splits = [k for k in range(len(base) + 1) if bool(of_base[:k].all() and of_expert[k:].all())]
+        assert splits, "the tokens before the sync have the old weights' logprobs, those after it the new ones'"
+        mixed += 0 < splits[0] < len(base)
+    assert mixed, "no response was under way at the sync"
+
+
 def test_an_engine_that_dies_is_replaced_and_its_responses_asked_again(engine, prompts):
-    engine.load_weights(Checkpoint("miniature:expert"), 4)
+    engine.load_weights(Checkpoint("miniature:expert"), 6)
     old = pids(engine)
     ticket = engine.submit(prompts * 20, samples=4, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=4)
     os.killpg(old[0], signal.SIGKILL)
-    rollouts = engine.collect(ticket, prompts * 20, 4)
-    assert len(rollouts) == 320 and {r.version for r in rollouts} == {4}
-    engine.load_weights(Checkpoint("miniature:base"), 5)
+    rollouts = engine.collect(ticket)
+    assert len(rollouts) == 320 and {r.version for r in rollouts} == {6}
+    engine.load_weights(Checkpoint("miniature:base"), 7)
     assert pids(engine)[0] != old[0] and pids(engine)[1] == old[1]
     after = sample(engine, prompts, samples=16)
-    assert {r.version for r in after} == {5} and largest_difference("miniature:base", after) < 1e-4
+    assert {r.version for r in after} == {7} and largest_difference("miniature:base", after) < 1e-4
 
 
 def test_all_engines_die_in_mid_generation(engine, prompts):
@@ -134,9 +169,9 @@ def test_all_engines_die_in_mid_generation(engine, prompts):
     ticket = engine.submit(prompts * 20, samples=4, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=5)
     for pid in old:
         os.killpg(pid, signal.SIGKILL)
-    rollouts = engine.collect(ticket, prompts * 20, 4)
+    rollouts = engine.collect(ticket)
     assert not set(pids(engine)) & set(old)
-    assert len(rollouts) == 320 and {r.version for r in rollouts} == {5}
+    assert len(rollouts) == 320 and {r.version for r in rollouts} == {7}
     assert largest_difference("miniature:base", rollouts) < 1e-4
 
 
@@ -145,7 +180,7 @@ def test_an_engine_that_hangs_is_killed(engine, prompts):
     os.killpg(old[1], signal.SIGSTOP)
     rollouts = sample(engine, prompts, seed=6)
     assert len(rollouts) == 32
-    engine.load_weights(Checkpoint("miniature:base"), 6)
+    engine.load_weights(Checkpoint("miniature:base"), 8)
     assert pids(engine)[0] == old[0] and pids(engine)[1] != old[1]
 
 

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 import yaml
 
+from tcopd_fast import timeline
+from tcopd_fast.clock import STAGES
 from tcopd_fast.errors import UserError
-from tcopd_fast.monitor import STAGES
+from tcopd_fast.timeline import StepTimeline
 
 Item = TypeVar("Item")
 
@@ -29,6 +31,7 @@ class Run:
     """One run directory.
 
     metrics: one mapping per step, ascending. evals: one record per (step, set), ascending. tokens: kept responses.
+    timeline: who did what when in every step, ascending; empty where that was not recorded.
     config and environment are empty mappings when their file is missing. notes: what is missing or unreadable, and
     which alarms fired.
     """
@@ -40,6 +43,7 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     evals: Sequence[Mapping[str, Any]]
     tokens: Sequence[Mapping[str, Any]]
+    timeline: Sequence[StepTimeline]
     notes: Sequence[str]
 
     @property
@@ -233,6 +237,7 @@ def _load_run(path: Path, name: str) -> Run:
         metrics=sorted({row["step"]: row for row in metrics}.values(), key=lambda row: row["step"]),
         evals=sorted(_read_jsonl(path / "eval.jsonl", notes), key=lambda record: record["step"]),
         tokens=_read_jsonl(path / "token_samples.jsonl", notes),
+        timeline=_read_timeline(path, notes),
         notes=notes,
     )
     if run.evaluated_only:
@@ -291,6 +296,23 @@ def _read_jsonl(path: Path, notes: list[str]) -> list[Mapping[str, Any]]:
     elif not rows:
         notes.append(f"{path.name} is empty")
     return rows
+
+
+def _read_timeline(path: Path, notes: list[str]) -> list[StepTimeline]:
+    """The steps of timeline.jsonl, which a run may lack; lines of another form are counted in a note."""
+    if not (path / timeline.FILE).is_file():
+        return []
+    steps, bad = {}, 0
+    for row in _read_jsonl(path / timeline.FILE, notes):
+        try:
+            step = timeline.parse(row)
+        except ValueError:
+            bad += 1
+        else:
+            steps[step.step] = step
+    if bad:
+        notes.append(f"{timeline.FILE}: {bad} line{'s' if bad > 1 else ''} of another form left out")
+    return [steps[number] for number in sorted(steps)]
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

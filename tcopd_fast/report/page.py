@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tcopd_fast import __version__
-from tcopd_fast.monitor import STAGES
+from tcopd_fast.clock import STAGES
 from tcopd_fast.report.collect import Run, load_runs, number, reverse_kl_keys, summary_rows, union
+from tcopd_fast.report.parts import chip, colour_keys, run_headers, table
 from tcopd_fast.report.plots import SMOOTHING_STEPS, Series, curves, run_colour
-from tcopd_fast.report.style import PAGE_STYLE
+from tcopd_fast.report.style import PAGE_STYLE, STAGE_COLOURS
 from tcopd_fast.report.text import MISSING, escape, percent, seconds, size, summary_columns
+from tcopd_fast.report.timeline import timeline_section
 from tcopd_fast.report.tokens import token_section, token_style
 
-_STAGE_COLOURS = ("#94a3b8", "#2563eb", "#0f9d76", "#84cc16", "#eab308", "#f97316", "#be123c", "#7c3aed", "#e5e7eb")
 _NO_FETCH = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _METER_PIXELS = 110
@@ -59,7 +60,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path) -> Path:
 def _page(runs: Sequence[Run]) -> str:
     title = f"Distillation report: {', '.join(run.name for run in runs)}"
     written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    sections = [_results(runs), _settings(runs), _curves(runs), _stages(runs), _tokens(runs)]
+    sections = [_results(runs), _settings(runs), _curves(runs), _stages(runs), timeline_section(runs), _tokens(runs)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_NO_FETCH}">'
@@ -82,7 +83,7 @@ def _run_list(runs: Sequence[Run]) -> str:
         planned = run.planned_steps
         progress = f"step {run.last_step}" + (f" of {planned}" if planned else "")
         progress = "evaluated only" if run.evaluated_only else progress
-        items.append(f"<li>{_chip(index)}{escape(run.name)} <small>{escape(progress)}</small></li>")
+        items.append(f"<li>{chip(index)}{escape(run.name)} <small>{escape(progress)}</small></li>")
     return f'<ul class="runs">{"".join(items)}</ul>'
 
 
@@ -101,7 +102,7 @@ def _results(runs: Sequence[Run]) -> str:
             group = _set_title(row)
             body.append(f'<tr class="group"><th colspan="{len(columns) + 1}"><span>{escape(group)}</span></th></tr>')
         cells = "".join(f"<td>{escape(cells[position])}</td>" for _, _, cells in columns)
-        body.append(f'<tr><th class="text">{_chip(index[row["run"]])}{escape(row["run"])}</th>{cells}</tr>')
+        body.append(f'<tr><th class="text">{chip(index[row["run"]])}{escape(row["run"])}</th>{cells}</tr>')
     heads = (f"<th>{escape(title)}<br><small>{escape(unit)}</small></th>" for title, unit, _ in columns)
     head = '<th class="text">run</th>' + "".join(heads)
     caption = (
@@ -111,7 +112,7 @@ def _results(runs: Sequence[Run]) -> str:
         "least one correct sample. KL: reverse KL(student ‖ teacher), nats per token. time/step: mean over all "
         "steps but the first."
     )
-    return f'<h2>Results</h2><p class="caption">{caption}</p>{_table(head, body)}'
+    return f'<h2>Results</h2><p class="caption">{caption}</p>{table(head, body)}'
 
 
 def _set_title(row: Mapping[str, Any]) -> str:
@@ -133,11 +134,11 @@ def _settings(runs: Sequence[Run]) -> str:
         mark = ' class="differs"' if len(known) > 1 and label not in _EXPECTED_TO_DIFFER else ""
         cells = "".join(f'<td class="text">{escape(value)}</td>' for value in values)
         body.append(f'<tr{mark}><th class="text">{escape(label)}</th>{cells}</tr>')
-    head = '<th class="text">setting</th>' + _run_headers(runs, range(len(runs)), "text")
+    head = '<th class="text">setting</th>' + run_headers(runs, range(len(runs)), "text")
     caption = '<p class="caption">Shaded rows differ between the runs.</p>' if len(runs) > 1 else ""
     title = "Equal in all runs that have it" if len(runs) > 1 else "All other settings"
     common = f'<h3>{title}</h3><dl class="panel shared">{"".join(shared)}</dl>' if shared else ""
-    return f"<h2>Settings</h2>{caption}{_table(head, body, 'auto')}{common}"
+    return f"<h2>Settings</h2>{caption}{table(head, body, 'auto')}{common}"
 
 
 def _setting_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -268,14 +269,14 @@ def _stages(runs: Sequence[Run]) -> str:
         "Time is the mean over all steps but the first, which includes start-up; memory is the largest peak while the "
         "stage ran (device memory on a GPU, resident set of the process on a CPU)."
     )
-    head = '<th class="text">stage</th>' + _run_headers(runs, timed, "")
+    head = '<th class="text">stage</th>' + run_headers(runs, timed, "")
     times = {index: _with_rest(runs[index]) for index in timed}
     peaks = {index: runs[index].stage_peaks() for index in timed}
     return (
         f'<h2>Time and memory by stage</h2><p class="caption">{caption}</p>{_stage_bars(runs, times)}'
-        f'<div class="pair"><section><h3>Time per step</h3>{_table(head, _stage_rows(times, _time_cell, sum), "auto")}'
+        f'<div class="pair"><section><h3>Time per step</h3>{table(head, _stage_rows(times, _time_cell, sum), "auto")}'
         f"</section><section><h3>Peak memory</h3>"
-        f"{_table(head, _stage_rows(peaks, lambda value, _: size(value), max), 'auto')}</section></div>"
+        f"{table(head, _stage_rows(peaks, lambda value, _: size(value), max), 'auto')}</section></div>"
     )
 
 
@@ -290,19 +291,17 @@ def _with_rest(run: Run) -> dict[str, float]:
 
 def _stage_bars(runs: Sequence[Run], times: Mapping[int, Mapping[str, float]]) -> str:
     longest = max(sum(time.values()) for time in times.values()) or 1.0
-    colours = dict(zip((*STAGES, "other"), _STAGE_COLOURS, strict=True))
     bars = []
     for index, time in times.items():
         pieces = "".join(
-            f'<i style="width:{100 * value / longest:.2f}%;background:{colours[stage]}" '
+            f'<i style="width:{100 * value / longest:.2f}%;background:{STAGE_COLOURS[stage]}" '
             f'title="{escape(f"{stage}: {seconds(value)}")}"></i>'
             for stage, value in time.items()
         )
         total = seconds(sum(time.values())) if time else MISSING
         name = f"<b>{escape(runs[index].name)}</b>"
         bars.append(f'<div class="bar">{name}<div class="stack">{pieces}</div><span>{total}</span></div>')
-    keys = "".join(f'<li><i style="background:{colour}"></i>{stage}</li>' for stage, colour in colours.items())
-    return f'<div class="panel bars">{"".join(bars)}<ul class="keys">{keys}</ul></div>'
+    return f'<div class="panel bars">{"".join(bars)}{colour_keys(STAGE_COLOURS)}</div>'
 
 
 def _stage_rows(
@@ -344,28 +343,13 @@ def _tokens(runs: Sequence[Run]) -> str:
     )
     sampled = [index for index, run in enumerate(runs) if not run.evaluated_only]
     blocks = [
-        f'<details class="run"{" open" if index == sampled[0] else ""}><summary>{_chip(index)} '
+        f'<details class="run"{" open" if index == sampled[0] else ""}><summary>{chip(index)} '
         f"{escape(runs[index].name)}</summary>{token_section(runs[index])}</details>"
         for index in sampled
     ]
     if not blocks:
         return '<h2>Sampled responses</h2><p class="missing">No run was trained.</p>'
     return f'<h2>Sampled responses</h2><p class="caption">{caption}</p>{"".join(blocks)}'
-
-
-def _table(head: str, body: Sequence[str], width: str = "full") -> str:
-    return (
-        f'<div class="panel scroll {width}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _run_headers(runs: Sequence[Run], shown: Iterable[int], style: str) -> str:
-    return "".join(f'<th class="{style}">{_chip(index)}{escape(runs[index].name)}</th>' for index in shown)
-
-
-def _chip(run: int) -> str:
-    return f'<span class="chip" style="background:{run_colour(run)}"></span>'
 
 
 def _config(run: Run, key: str) -> Any:

@@ -1,6 +1,11 @@
-"""The style sheet of the report page."""
+"""The style sheet of the report page, and the colours of the stages."""
 
 from __future__ import annotations
+
+from tcopd_fast.clock import STAGES
+
+_STAGE_COLOURS = ("#94a3b8", "#2563eb", "#0f9d76", "#84cc16", "#eab308", "#f97316", "#be123c", "#7c3aed", "#e5e7eb")
+STAGE_COLOURS = dict(zip((*STAGES, "other"), _STAGE_COLOURS, strict=True))
 
 PAGE_STYLE = """
 :root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb;--panel:#fff;--ground:#f7f8fa;--mark:#fff8e1}
@@ -57,6 +62,18 @@ figure img{display:block;width:100%;height:auto}
 .stack i{display:block;min-width:1px}
 .keys{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0 0;padding:0;list-style:none;font-size:13.5px}
 .keys i{display:inline-block;width:12px;height:12px;border-radius:2px;margin-right:6px;vertical-align:-1px}
+.gantt{padding:12px 16px;margin:0 0 14px}
+.lane{display:grid;grid-template-columns:76px 1fr;gap:10px;align-items:center;margin:4px 0;font-size:13px}
+.lane b{font-weight:600;white-space:nowrap}
+.strip{position:relative;height:20px;background:var(--ground);overflow:hidden}
+.strip>*{position:absolute;top:0;bottom:0}
+.strip i{min-width:.5px}
+.strip u{width:1px;background:var(--ink);opacity:.45}
+.heads .strip,.ticks .strip{background:none;color:var(--soft)}
+.heads span{padding-left:5px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;
+  border-left:1px solid var(--soft)}
+.ticks span{white-space:nowrap;transform:translateX(-50%)}
+.ticks span:first-child{transform:none}
 .meter{height:4px;border-radius:2px;margin-top:3px;margin-left:auto}
 .sample{padding:12px 16px;margin:0 0 14px;background:var(--panel);border:1px solid var(--line);border-radius:8px}
 .sample header{display:flex;flex-wrap:wrap;gap:4px 10px;align-items:baseline;font-size:13.5px;color:var(--soft);

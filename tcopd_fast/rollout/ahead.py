@@ -11,11 +11,13 @@ from tcopd_fast.types import Prompt, Rollout
 
 
 class Ahead:
-    """Keeps `staleness` batches under way beyond the one being trained on.
+    """Keeps batches under way beyond the one being trained on.
 
-    Step s is asked for while step s − staleness is trained on, so that at most `staleness` weight syncs lie between a
-    token and its update. A response that is still running at a sync goes on with the new weights; every token keeps
-    the logprob of the weights it was sampled with.
+    Step s is asked for while step s − ahead is trained on. A response that is still running at a weight sync goes on
+    with the new weights; every token keeps the logprob of the weights it was sampled with. Without `partial_share`
+    ahead = staleness, so that at most `staleness` syncs lie between a token and its update. With it ahead =
+    staleness − 1, that share of a step's responses is not waited for, and they join the batch of the step in which they
+    finish, unless some of their tokens are by then more than `staleness` syncs old.
 
     prompts_of: this rank's prompts of a step. seed_of: the seed of its sampling. steps: of the whole run.
     """
@@ -30,23 +32,42 @@ class Ahead:
     ) -> None:
         self._engine, self._config, self._prompts_of, self._seed_of = engine, config, prompts_of, seed_of
         self._steps = steps
-        self._under_way: dict[int, tuple[Sequence[Prompt], Ticket]] = {}
+        self._ahead = config.staleness - bool(config.partial_share)
+        self._asked: set[int] = set()
+        self._ticket = Ticket()
 
     def take(self, step: int, on_finished: Callable[[Rollout], None]) -> list[Rollout]:
-        """The responses of a step, prompt-major; those of later steps are asked for first. A collective."""
-        for later in range(step, min(step + self._config.staleness, self._steps - 1) + 1):
-            if later not in self._under_way:
-                self._under_way[later] = self._ask(later)
-        prompts, ticket = self._under_way.pop(step)
-        return self._engine.collect(ticket, prompts, self._config.samples_per_prompt, on_finished)
+        """This rank's responses to train on in a step, older batches' first. A collective.
 
-    def _ask(self, step: int) -> tuple[Sequence[Prompt], Ticket]:
-        prompts = self._prompts_of(step)
-        ticket = self._engine.submit(
-            prompts,
+        Responses of later steps are asked for before it waits. The last step waits for all that are left.
+        """
+        for later in range(step, min(step + self._ahead, self._steps - 1) + 1):
+            if later not in self._asked:
+                self._ask(later)
+        count = len(self._prompts_of(step)) * self._config.samples_per_prompt
+        return self._engine.collect(
+            self._ticket,
+            on_finished,
+            batch=step,
+            unfinished=0 if step == self._steps - 1 else int(self._config.partial_share * count),
+            oldest=step - self._config.staleness,
+        )
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What partial batches did so far, on this rank: responses dropped, and those that go on beyond this step."""
+        return {
+            "rollout/dropped_stale": float(self._ticket.dropped),
+            "rollout/carried_on": float(self._ticket.under_way(step)),
+        }
+
+    def _ask(self, step: int) -> None:
+        self._asked.add(step)
+        self._engine.submit(
+            self._prompts_of(step),
             samples=self._config.samples_per_prompt,
             max_new_tokens=self._config.max_new_tokens,
             temperature=self._config.temperature,
             seed=self._seed_of(step),
+            ticket=self._ticket,
+            batch=step,
         )
-        return prompts, ticket

@@ -32,10 +32,15 @@ def build_engine(
     device = world.device
     if rollout.engine == "vllm" and rollout.vllm.mode == "server" and weights is not None and run_dir is not None:
         from tcopd_fast.rollout.fleet import Fleet
+        from tcopd_fast.rollout.remote import RemoteFleet
         from tcopd_fast.rollout.vllm_server import ServerEngine, log_folder
 
-        fleet = Fleet(
-            rollout, model.path, model.dtype, max_model_len, seed, log_folder(run_dir), model.trust_remote_code
+        fleet = (
+            RemoteFleet(rollout, model.path, model.dtype, max_model_len, model.trust_remote_code)
+            if rollout.vllm.server.urls
+            else Fleet(
+                rollout, model.path, model.dtype, max_model_len, seed, log_folder(run_dir), model.trust_remote_code
+            )
         )
         return ServerEngine(fleet, tokenizer, world=world, weights=weights, config=rollout, vocab_size=vocab_size)
     if rollout.engine == "vllm":

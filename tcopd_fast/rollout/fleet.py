@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,15 +14,12 @@ from pathlib import Path
 from typing import IO
 
 import httpx
-import torch
 
 from tcopd_fast.config_sections import RolloutConfig
 from tcopd_fast.dist import free_port
 from tcopd_fast.errors import UserError
-from tcopd_fast.models import resolve_path
-from tcopd_fast.rollout.vllm_plugin import ON_CPU
+from tcopd_fast.rollout.server_command import EngineSpec, command, environment
 
-MODEL = "student"
 HOST = "127.0.0.1"
 # An engine that is told to end has this long before it is killed.
 GRACE_S = 10.0
@@ -62,6 +58,13 @@ class Fleet:
         """Base URL of every engine."""
         return [engine.url for engine in self.engines]
 
+    @property
+    def spec(self) -> EngineSpec:
+        """What every engine runs."""
+        return EngineSpec.of_run(
+            self.config, self.model_path, self.dtype, self.max_model_len, self.seed, self.trust_remote_code
+        )
+
     def start(self) -> None:
         """Start all engines and wait until they answer. Raises UserError when one does not."""
         count = self.config.vllm.server.engines
@@ -97,7 +100,7 @@ class Fleet:
             engine.url = f"http://{HOST}:{port}"
             self.starts += 1
             with engine.log.open("ab") as log:
-                engine.process = spawn(self.command(port), self.environment(engine.number), log)
+                engine.process = spawn(command(self.spec, HOST, port), self.environment(engine.number), log)
         end = time.monotonic() + self.config.vllm.server.start_timeout_s
         try:
             for engine in engines:
@@ -106,54 +109,17 @@ class Fleet:
             self.close()
             raise
 
-    def command(self, port: int) -> list[str]:
-        """vLLM's server with what the trainer needs of it."""
-        on_cpu, vllm = not torch.cuda.is_available(), self.config.vllm
-        words = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", resolve_path(self.model_path), "--served-model-name", MODEL,
-            "--host", HOST, "--port", str(port), "--disable-uvicorn-access-log",
-            "--load-format", "safetensors", "--skip-tokenizer-init", "--dtype", self.dtype,
-            "--seed", str(self.seed), "--max-model-len", str(self.max_model_len),
-            "--max-num-seqs", str(vllm.max_num_seqs), "--tensor-parallel-size", str(vllm.server.tensor_parallel_size),
-            # A checkpoint's generation config would set top-k, penalties and a token limit.
-            "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
-            # As the learner's head: bfloat16 logits would shift every logprob.
-            "--hf-overrides", '{"head_dtype": "float32"}',
-            # Token ids in, token ids out.
-            "--enable-scale-out",
-            "--weight-transfer-config", f'{{"backend": "{"tcopd_gloo" if on_cpu else "nccl"}"}}',
-            "--worker-extension-cls", "tcopd_fast.rollout.vllm_plugin.RolloutWorker",
-        ]  # fmt: skip
-        if on_cpu:
-            words += ["--enforce-eager", "--kv-cache-memory-bytes", str(vllm.kv_cache_memory_bytes)]
-        else:
-            words += ["--gpu-memory-utilization", str(vllm.gpu_memory_utilization)]
-            words += ["--enforce-eager"] if vllm.enforce_eager else []
-        words += ["--trust-remote-code"] if self.trust_remote_code else []
-        return words + shlex.split(vllm.server.options)
-
     def environment(self, number: int) -> dict[str, str]:
-        """The trainer's environment without its process group, and what vLLM reads from there."""
-        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LD_PRELOAD")
-        out = {key: value for key, value in os.environ.items() if key not in launcher}
-        out.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        # The routes for weights and pauses; the server listens on loopback only.
-        out["VLLM_SERVER_DEV_MODE"] = "1"
-        out.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        out.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if torch.cuda.is_available():
-            out["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.config.vllm.server.gpus[number]))
-        else:
-            out |= {ON_CPU: "1", "TORCHDYNAMO_DISABLE": "1"}
-        return out
+        """Of one engine."""
+        gpus = self.config.vllm.server.gpus
+        return environment(gpus[number] if gpus else None)
 
 
-def spawn(command: Sequence[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a process group that ends with this process, however this one ends."""
+def spawn(words: Sequence[str], variables: dict[str, str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    """Start a process group that ends with this process, however this one ends. log: None for this one's output."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tcopd_fast.rollout.leash", str(os.getpid()), *command],
-        env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        [sys.executable, "-m", "tcopd_fast.rollout.leash", str(os.getpid()), *words],
+        env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
 from tcopd_fast.models import DTYPES, resolve_path
+from tcopd_fast.rollout import response_limit
+from tcopd_fast.timeline import Span
 from tcopd_fast.types import FinishReason, Prompt, Rollout
 
 # Rows of finished sequences are dropped from the KV cache once they are this share of it: dropping copies
@@ -25,6 +27,7 @@ class _Row:
     index: int
     prompt: Prompt
     sample: int
+    limit: int
     uniforms: Tensor
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -50,6 +53,7 @@ class HfEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self.version = 0
+        self.apart = False
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.vocab_size = vocab_size
@@ -84,7 +88,13 @@ class HfEngine:
     ) -> list[Rollout]:
         """See RolloutEngine. Prompts of similar length share a batch."""
         rows = [
-            _Row(i * samples + s, prompt, s, _uniforms(seed, prompt.id, s, max_new_tokens))
+            _Row(
+                i * samples + s,
+                prompt,
+                s,
+                response_limit(prompt, max_new_tokens),
+                _uniforms(seed, prompt.id, s, max_new_tokens),
+            )
             for i, prompt in enumerate(prompts)
             for s in range(samples)
         ]
@@ -107,13 +117,11 @@ class HfEngine:
                 on_finished(done[row.index])
 
         for start in range(0, len(order), self.max_batch_size):
-            self._decode(order[start : start + self.max_batch_size], max_new_tokens, temperature, finish)
+            self._decode(order[start : start + self.max_batch_size], temperature, finish)
         return [done[i] for i in range(len(rows))]
 
     @torch.inference_mode()
-    def _decode(
-        self, rows: list[_Row], max_new_tokens: int, temperature: float, finish: Callable[[_Row, FinishReason], None]
-    ) -> None:
+    def _decode(self, rows: list[_Row], temperature: float, finish: Callable[[_Row, FinishReason], None]) -> None:
         longest = max(len(row.prompt.token_ids) for row in rows)
         ids_BT = torch.zeros((len(rows), longest), dtype=torch.int64)
         mask_BT = torch.zeros((len(rows), longest), dtype=torch.int64)
@@ -126,7 +134,8 @@ class HfEngine:
         cache = DynamicCache(config=self.model.config)
         eos = torch.tensor(sorted(self.eos_ids), device=self.device)
         alive = torch.ones(len(rows), dtype=torch.bool, device=self.device)
-        for t in range(max_new_tokens):
+        limit_B = torch.tensor([row.limit for row in rows], device=self.device)
+        for t in range(max(row.limit for row in rows)):
             out = self.model(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -144,10 +153,10 @@ class HfEngine:
                 if was_alive[b]:
                     rows[b].ids.append(token)
                     rows[b].logprobs.append(logprob)
-                    if ended or t + 1 == max_new_tokens:
+                    if ended or t + 1 == rows[b].limit:
                         finish(rows[b], "stop" if ended else "length")
-            alive = alive & ~ended_B
-            if t + 1 == max_new_tokens or not bool(alive.any()):
+            alive = alive & ~ended_B & (t + 1 < limit_B)
+            if not bool(alive.any()):
                 return
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
             position_BT = position_BT[:, -1:] + 1
@@ -157,7 +166,7 @@ class HfEngine:
                 cache.batch_select_indices(keep)
                 rows = [rows[b] for b in keep.tolist()]
                 ids_BT, mask_BT, position_BT = ids_BT[keep], mask_BT[keep], position_BT[keep]
-                uniforms_BL, alive = uniforms_BL[keep], alive[keep]
+                uniforms_BL, limit_B, alive = uniforms_BL[keep], limit_B[keep], alive[keep]
 
     def _sample(self, logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Sampled token ids [B] and their logprobs, float32 [B]."""
@@ -174,6 +183,10 @@ class HfEngine:
 
     def metrics(self) -> dict[str, float]:
         """None of its own."""
+        return {}
+
+    def spans(self, until: float) -> dict[str, list[Span]]:
+        """None: it generates in its rank's rollout stage."""
         return {}
 
     def sleep(self) -> None:

@@ -13,6 +13,9 @@ import httpx
 import torch
 from torch import Tensor
 
+from tcopd_fast.rollout.meter import Meter
+from tcopd_fast.types import Prompt
+
 CONNECTIONS = 512
 """Requests of one rank under way at once; more wait here."""
 PATH = "/inference/v1/generate"
@@ -20,9 +23,11 @@ PATH = "/inference/v1/generate"
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be sampled. body: what vLLM's token-in-token-out route takes."""
+    """One response to be sampled. order: (batch, place in it). body: what vLLM's token-in-token-out route takes."""
 
-    index: int
+    order: tuple[int, int]
+    prompt: Prompt
+    sample: int
     body: Mapping[str, Any]
 
 
@@ -30,28 +35,71 @@ class Request:
 class Answer:
     """One sampled response. logprobs: float32 [L]. version: the oldest weights that any of its tokens came from."""
 
-    index: int
+    request: Request
     token_ids: tuple[int, ...]
     logprobs: Tensor
     finish_reason: str
     version: int
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A request that found no engine up."""
+
+    request: Request
+
+
 @dataclass
 class Ticket:
-    """Requests under way. answers: as they come, then None when nothing more will; lost: those without an engine."""
+    """Requests under way, of one batch or several, and what came back of them; for one consumer.
 
-    requests: Sequence[Request]
-    answers: queue.SimpleQueue[Answer | None] = field(default_factory=queue.SimpleQueue)
+    arrivals: filled by the dispatcher's thread. lost: requests to be sent again. dropped: answers that were too old.
+    """
+
+    arrivals: queue.SimpleQueue[Answer | Lost | Exception] = field(default_factory=queue.SimpleQueue)
     lost: list[Request] = field(default_factory=list)
-    error: Exception | None = None
+    dropped: int = 0
+    _under_way: set[tuple[int, int]] = field(default_factory=set)
+    _answers: dict[tuple[int, int], Answer] = field(default_factory=dict)
+
+    def sent(self, requests: Sequence[Request]) -> None:
+        """Count these as under way."""
+        self._under_way |= {request.order for request in requests}
+
+    def under_way(self, batch: int) -> int:
+        """Requests of this and earlier batches that have no answer and are not lost, as far as it was looked."""
+        return sum(order[0] <= batch for order in self._under_way)
+
+    def ready(self, batch: int) -> list[Answer]:
+        """Answers to requests of this and earlier batches that have come and were not handed out, in order.
+
+        Raises what the dispatcher met.
+        """
+        while not self.arrivals.empty():
+            self.wait()
+        return [self._answers.pop(order) for order in sorted(self._answers) if order[0] <= batch]
+
+    def wait(self) -> None:
+        """Until something more has come of any batch. Raises what the dispatcher met."""
+        arrival = self.arrivals.get()
+        if isinstance(arrival, Exception):
+            raise arrival
+        self._under_way.discard(arrival.request.order)
+        if isinstance(arrival, Lost):
+            self.lost.append(arrival.request)
+        else:
+            self._answers[arrival.request.order] = arrival
 
 
 class Dispatcher:
-    """Sends requests from a thread of its own, so that the caller can do other things meanwhile."""
+    """Sends requests from a thread of its own, so that the caller can do other things meanwhile.
+
+    meter: which engine had this rank's requests when.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self.meter = Meter()
         self.urls: list[str] = []
         self.down: dict[int, str] = {}
         """Engine number -> what its last request met."""
@@ -65,12 +113,12 @@ class Dispatcher:
         """Send to these engines from here on; all of them count as up."""
         # Requests under way keep their place in the count.
         self.urls, self.down, self._load = list(urls), {}, self._load or [0] * len(urls)
+        self.meter.expect(len(urls))
 
-    def submit(self, requests: Sequence[Request]) -> Ticket:
+    def submit(self, ticket: Ticket, requests: Sequence[Request]) -> None:
         """Start sending; returns at once."""
-        ticket = Ticket(requests)
-        asyncio.run_coroutine_threadsafe(self._serve(ticket), self._loop)
-        return ticket
+        ticket.sent(requests)
+        asyncio.run_coroutine_threadsafe(self._serve(ticket, requests), self._loop)
 
     def close(self) -> None:
         """Drop whatever is under way."""
@@ -79,7 +127,7 @@ class Dispatcher:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
-    async def _serve(self, ticket: Ticket) -> None:
+    async def _serve(self, ticket: Ticket, requests: Sequence[Request]) -> None:
         if self._client is None:
             limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
             timeout = httpx.Timeout(self.timeout_s, connect=10.0, pool=None)
@@ -90,17 +138,12 @@ class Dispatcher:
         async def one(request: Request) -> None:
             async with room:
                 answer = await self._answer(request)
-            if answer is None:
-                ticket.lost.append(request)
-            else:
-                ticket.answers.put(answer)
+            ticket.arrivals.put(Lost(request) if answer is None else answer)
 
         try:
-            await asyncio.gather(*(one(request) for request in ticket.requests))
+            await asyncio.gather(*(one(request) for request in requests))
         except Exception as error:
-            ticket.error = error
-        finally:
-            ticket.answers.put(None)
+            ticket.arrivals.put(error)
 
     async def _answer(self, request: Request) -> Answer | None:
         """From the least loaded engine that is up; None when none is."""
@@ -112,21 +155,28 @@ class Dispatcher:
             engine = min(up, key=lambda n: self._load[n])
             self._load[engine] += 1
             try:
-                response = await self._client.post(self.urls[engine] + PATH, json=request.body)
-                if response.status_code == 200:
-                    return parse(request.index, response.json())
+                with self.meter.request(engine):
+                    response = await self._client.post(self.urls[engine] + PATH, json=request.body)
+                    if response.status_code == 200:
+                        answer = parse(request, response.json())
+                        self.meter.returned(engine, len(answer.token_ids))
+                        return answer
                 if response.status_code < 500:
                     raise RuntimeError(f"rollout engine {engine} refuses a request: {response.text[:500]}")
                 self.down[engine] = f"HTTP {response.status_code}: {response.text[:200]}"
-            except httpx.TransportError as error:
+            except (httpx.TransportError, ForeignWeights) as error:
                 self.down[engine] = repr(error)
             finally:
                 self._load[engine] -= 1
 
 
-def parse(index: int, body: Mapping[str, Any]) -> Answer:
-    """vLLM's answer. Raises RuntimeError when tokens and logprobs do not belong together, or the weights have no number
-    of ours."""
+class ForeignWeights(RuntimeError):
+    """An engine sampled with weights that this trainer has not sent: it has been started again since."""
+
+
+def parse(request: Request, body: Mapping[str, Any]) -> Answer:
+    """vLLM's answer. Raises RuntimeError when tokens and logprobs do not belong together, ForeignWeights when the weights
+    have no number of ours."""
     choice = body["choices"][0]
     token_ids = tuple(choice["token_ids"])
     content = choice["logprobs"]["content"]
@@ -137,8 +187,8 @@ def parse(index: int, body: Mapping[str, Any]) -> Answer:
         )
     versions = [span["version"] for span in choice["weight_versions"]]
     if not versions or not all(version.isdecimal() for version in versions):
-        raise RuntimeError(f"a rollout engine sampled with weights {versions}, which are not the learner's")
+        raise ForeignWeights(f"a rollout engine sampled with weights {versions}, which are not the learner's")
     return Answer(
-        index, token_ids, torch.tensor([item["logprob"] for item in content], dtype=torch.float32), reason,
+        request, token_ids, torch.tensor([item["logprob"] for item in content], dtype=torch.float32), reason,
         min(map(int, versions)),
     )  # fmt: skip

@@ -31,6 +31,8 @@ from transformers import PreTrainedTokenizerBase
 from tcopd_fast.config_sections import RolloutConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import resolve_path
+from tcopd_fast.rollout import response_limit
+from tcopd_fast.timeline import Span
 from tcopd_fast.types import Prompt, Rollout
 
 # vLLM samples at 0.01 when asked for less, and refuses more than 2.
@@ -72,6 +74,7 @@ class VllmEngine:
                 "(an engine built before it would take the process group for its own, with a world of 1)"
             )
         self.version = 0
+        self.apart = False
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._device = device
@@ -169,7 +172,7 @@ class VllmEngine:
                         temperature=temperature,
                         top_p=1.0,
                         top_k=0,
-                        max_tokens=max_new_tokens,
+                        max_tokens=response_limit(prompt, max_new_tokens),
                         seed=stream_seed(seed, prompt.id, sample),
                         # vLLM adds the EOS ids of the checkpoint's generation config to these.
                         stop_token_ids=[] if eos is None else [eos],
@@ -222,6 +225,10 @@ class VllmEngine:
 
     def metrics(self) -> dict[str, float]:
         """None of its own."""
+        return {}
+
+    def spans(self, until: float) -> dict[str, list[Span]]:
+        """None: it generates in its rank's rollout stage."""
         return {}
 
     def sleep(self) -> None:

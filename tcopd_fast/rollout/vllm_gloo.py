@@ -28,18 +28,18 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 BACKEND = "tcopd_gloo"
-TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """What a worker needs to join: the rendezvous, its server's first rank, and how the stream is cut."""
+    """What a worker needs to join: the rendezvous, its server's first rank, how the stream is cut, longest wait."""
 
     master_address: str
     master_port: int
     rank_offset: int
     world_size: int
     bucket_bytes: int
+    timeout_s: float
 
 
 @dataclass
@@ -54,7 +54,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 @dataclass
 class GlooTrainerInitInfo(TrainerInitInfo):
     """world_size: rank 0 of the trainer and all workers. bucket_bytes: most bytes of one broadcast (a larger tensor
-    goes alone)."""
+    goes alone). timeout_s: longest wait for another member."""
 
     backend: ClassVar[str] = BACKEND
 
@@ -62,6 +62,7 @@ class GlooTrainerInitInfo(TrainerInitInfo):
     master_port: int
     world_size: int
     bucket_bytes: int
+    timeout_s: float
 
 
 class GlooWorkerEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -77,7 +78,9 @@ class GlooWorkerEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self.bucket_bytes = init_info.bucket_bytes
-        self.group = join(init_info.master_address, init_info.master_port, rank, init_info.world_size)
+        self.group = join(
+            init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
+        )
 
     def start_weight_update(self) -> None:
         """Nothing to prepare."""
@@ -123,7 +126,9 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             with ThreadPoolExecutor(1) as pool:
                 # The servers answer when their workers have joined, which they do when this process has.
                 joined = pool.submit(client.init_weight_transfer_engine, asdict(worker))
-                engine.group = join(init_info.master_address, init_info.master_port, 0, init_info.world_size)
+                engine.group = join(
+                    init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout_s
+                )
                 joined.result()
         return engine
 
@@ -205,18 +210,22 @@ def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def join(address: str, port: int, rank: int, size: int) -> Any:
-    """A gloo group of its own, apart from any default process group; rank 0 holds the store, on that address only."""
+def join(address: str, port: int, rank: int, size: int, timeout_s: float) -> Any:
+    """A gloo group of its own, apart from any default process group; rank 0 holds the store, on that address only.
+
+    timeout_s: longest wait for another member, here and in every broadcast.
+    """
+    timeout = timedelta(seconds=timeout_s)
     if rank == 0:
         # Left to itself the store would listen on every interface.
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, port), family=family)
         store = dist.TCPStore(
-            address, port, size, True, timeout=TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
+            address, port, size, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
     else:
-        store = dist.TCPStore(address, port, size, False, timeout=TIMEOUT)
-    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, size, TIMEOUT)
+        store = dist.TCPStore(address, port, size, False, timeout=timeout)
+    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, size, timeout)
 
 
 def broadcast(group: Any, flat: Tensor) -> None:

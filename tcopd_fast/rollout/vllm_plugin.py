@@ -36,9 +36,22 @@ class RolloutWorker:
 
     model_runner: Any
 
+    def describe(self) -> dict[str, Any]:
+        """What the worker runs, for a trainer to compare with its student; see `shape_of`."""
+        model = self.model_runner.model_config
+        return shape_of(model.hf_config, str(model.dtype).removeprefix("torch."))
+
     def cut_vocabulary(self, vocab_size: int) -> None:
         """Sample from the leading `vocab_size` rows of the head only."""
         from tcopd_fast.rollout.vllm_engine import cut_vocabulary
 
         with torch.inference_mode():
             cut_vocabulary(self.model_runner.model, vocab_size)
+
+
+def shape_of(config: Any, dtype: str) -> dict[str, Any]:
+    """The parts of a Hugging Face config that decide which weights fit, and the compute dtype."""
+    keys = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads")  # fmt: skip
+    text = config.get_text_config()
+    return {**{key: getattr(text, key, None) for key in keys}, "dtype": dtype}

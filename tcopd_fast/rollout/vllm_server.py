@@ -20,23 +20,25 @@ from transformers import PreTrainedTokenizerBase
 
 from tcopd_fast.config_sections import RolloutConfig
 from tcopd_fast.dist import World, free_port
-from tcopd_fast.rollout import Weights
-from tcopd_fast.rollout.fleet import HOST, MODEL, Fleet
+from tcopd_fast.rollout import Weights, response_limit
+from tcopd_fast.rollout.fleet import Fleet
+from tcopd_fast.rollout.remote import RemoteFleet
 from tcopd_fast.rollout.requests import Answer, Dispatcher, Request, Ticket
+from tcopd_fast.rollout.server_command import MODEL
 from tcopd_fast.rollout.vllm_engine import check_request, stream_seed
+from tcopd_fast.timeline import Span
 from tcopd_fast.types import Prompt, Rollout
-
-CONTROL_TIMEOUT_S = 600.0
 
 
 class Control:
     """vLLM's weight-sync routes of several servers, driven as one.
 
     workers: GPUs (or processes) of one server, so that server n's first rank in the transfer group is 1 + n·workers.
+    timeout_s: a server that does not answer for this long hangs.
     """
 
-    def __init__(self, urls: Sequence[str], workers: int) -> None:
-        self.urls, self.workers = list(urls), workers
+    def __init__(self, urls: Sequence[str], workers: int, timeout_s: float) -> None:
+        self.urls, self.workers, self.timeout_s = list(urls), workers, timeout_s
         self.version = 0
 
     def post(self, path: str, bodies: Sequence[dict[str, Any] | None], **query: Any) -> None:
@@ -44,9 +46,7 @@ class Control:
 
         def one(url: str, body: dict[str, Any] | None) -> None:
             try:
-                answer = httpx.post(
-                    f"{url}/{path}", json=body, params=query, timeout=CONTROL_TIMEOUT_S, trust_env=False
-                )
+                answer = httpx.post(f"{url}/{path}", json=body, params=query, timeout=self.timeout_s, trust_env=False)
             except httpx.TransportError as error:
                 raise RuntimeError(f"rollout engine {url}: {path} failed ({error!r})") from error
             if answer.status_code != 200:
@@ -88,7 +88,7 @@ class ServerEngine:
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: Fleet | RemoteFleet,
         tokenizer: PreTrainedTokenizerBase,
         *,
         world: World,
@@ -97,72 +97,100 @@ class ServerEngine:
         vocab_size: int | None = None,
     ) -> None:
         self.version = 0
+        self.apart = True
         self.restarted = 0
         self._fleet, self._tokenizer, self._world, self._source = fleet, tokenizer, world, LearnerSource(weights)
         self._config, self._vocab_size = config, vocab_size
         self._dispatcher = Dispatcher(config.vllm.server.request_timeout_s)
         world.on_main(fleet.start)
-        self._connect()
+        problem = self._connect()
+        if problem is not None:
+            raise world.agreed(f"the rollout engines cannot be given weights: {problem}")
         self.load_weights(weights, 0)
 
     def submit(
-        self, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, temperature: float, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        ticket: Ticket | None = None,
+        batch: int = 0,
     ) -> Ticket:
-        """Begin sampling; returns at once. Raises UserError as `VllmEngine.generate`."""
+        """Begin sampling `batch`, beside what the ticket holds already; returns at once.
+
+        Raises UserError as `VllmEngine.generate`.
+        """
         check_request(prompts, max_new_tokens, temperature, self._fleet.max_model_len)
         eos = self._tokenizer.eos_token_id
         requests = []
         for index, (prompt, sample) in enumerate(itertools.product(prompts, range(samples))):
             sampling = {
-                "temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_new_tokens,
+                "temperature": temperature, "top_p": 1.0, "top_k": 0,
+                "max_tokens": response_limit(prompt, max_new_tokens),
                 "seed": stream_seed(seed, prompt.id, sample), "stop_token_ids": [] if eos is None else [eos],
                 "logprobs": 0, "detokenize": False,
             }  # fmt: skip
             body = {"model": MODEL, "token_ids": list(prompt.token_ids), "sampling_params": sampling}
-            requests.append(Request(index, body))
-        return self._dispatcher.submit(requests)
+            requests.append(Request((batch, index), prompt, sample, body))
+        ticket = Ticket() if ticket is None else ticket
+        self._dispatcher.submit(ticket, requests)
+        return ticket
 
     def collect(
         self,
         ticket: Ticket,
-        prompts: Sequence[Prompt],
-        samples: int,
         on_finished: Callable[[Rollout], None] | None = None,
+        *,
+        batch: int = 0,
+        unfinished: int = 0,
+        oldest: int = 0,
     ) -> list[Rollout]:
-        """Wait for a ticket's responses. A collective; engines that failed are started again and asked again.
+        """Wait until at most `unfinished` responses of this and earlier batches are under way; those that have come.
 
-        When `on_finished` raises on some rank, waiting ends on all of them: that rank raises, others return what
-        they have.
+        In the order they were asked for. One with a token of weights before version `oldest` is dropped, and counted by
+        the ticket. A collective; engines that failed are started again and asked again. When
+        `on_finished` raises on some rank, waiting ends on all of them: that rank raises, others return what they have.
         """
-        rollouts: dict[int, Rollout] = {}
+        rollouts: dict[tuple[int, int], Rollout] = {}
         while True:
-            error = self._gather(ticket, rollouts, prompts, samples, on_finished)
+            error = self._gather(ticket, rollouts, on_finished, batch, unfinished, oldest)
             state = self._world.max({"lost": float(len(ticket.lost)), "error": float(error is not None)})
             if error is not None:
                 raise error
             if state["error"] or not state["lost"]:
-                return [rollouts[index] for index in sorted(rollouts)]
+                return [rollouts[order] for order in sorted(rollouts)]
             self._recover()
-            ticket = self._dispatcher.submit(ticket.lost)
+            again, ticket.lost = ticket.lost, []
+            self._dispatcher.submit(ticket, again)
 
     def _gather(
         self,
         ticket: Ticket,
-        rollouts: dict[int, Rollout],
-        prompts: Sequence[Prompt],
-        samples: int,
+        rollouts: dict[tuple[int, int], Rollout],
         on_finished: Callable[[Rollout], None] | None,
+        batch: int,
+        unfinished: int,
+        oldest: int,
     ) -> Exception | None:
-        """Put a ticket's answers into `rollouts` as they come; returns what went wrong here, for all ranks to know."""
-        while (answer := ticket.answers.get()) is not None:
-            rollout = self._rollout(answer, prompts, samples)
-            rollouts[answer.index] = rollout
-            if on_finished is not None:
-                try:
-                    on_finished(rollout)
-                except Exception as error:
-                    return error
-        return ticket.error
+        """Put answers into `rollouts` as they come; returns what went wrong here, for all ranks to know."""
+        try:
+            while True:
+                for answer in ticket.ready(batch):
+                    if answer.version < oldest:
+                        ticket.dropped += 1
+                        continue
+                    rollout = self._rollout(answer)
+                    rollouts[answer.request.order] = rollout
+                    if on_finished is not None:
+                        on_finished(rollout)
+                if ticket.under_way(batch) <= unfinished and ticket.arrivals.empty():
+                    return None
+                ticket.wait()
+        except Exception as error:
+            return error
 
     def generate(
         self,
@@ -178,7 +206,7 @@ class ServerEngine:
         ticket = self.submit(
             prompts, samples=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
-        return self.collect(ticket, prompts, samples, on_finished)
+        return self.collect(ticket, on_finished)
 
     def load_weights(self, weights: Weights, version: int) -> None:
         """Send weights to every engine, drop the KV cache of the old ones, and stamp `version`. A collective.
@@ -200,6 +228,10 @@ class ServerEngine:
         """Engines started again so far."""
         return {"rollout/engine_restarts": float(self.restarted)}
 
+    def spans(self, until: float) -> dict[str, list[Span]]:
+        """When this rank had requests at which engine, and the tokens that came back."""
+        return self._dispatcher.meter.drain(until)
+
     def sleep(self) -> None:
         """Nothing to give back: the engines have devices of their own."""
 
@@ -209,11 +241,10 @@ class ServerEngine:
         if self._world.is_main:
             self._fleet.close()
 
-    def _rollout(self, answer: Answer, prompts: Sequence[Prompt], samples: int) -> Rollout:
-        position, sample = divmod(answer.index, samples)
+    def _rollout(self, answer: Answer) -> Rollout:
         return Rollout(
-            prompt=prompts[position],
-            sample=sample,
+            prompt=answer.request.prompt,
+            sample=answer.request.sample,
             token_ids=answer.token_ids,
             logprobs=answer.logprobs,
             finish_reason="stop" if answer.finish_reason == "stop" else "length",
@@ -223,6 +254,11 @@ class ServerEngine:
 
     def _send(self, version: int) -> None:
         """The learner's weights into every engine, which all have to be up. Raises RuntimeError on every rank."""
+        with self._dispatcher.meter.held():
+            self._transfer_weights(version)
+        self._dispatcher.use(self._control.urls)
+
+    def _transfer_weights(self, version: int) -> None:
         control, main = self._control, self._world.is_main
         control.version = version
         problem = None
@@ -241,10 +277,17 @@ class ServerEngine:
         problems = [p for p in self._world.gather(problem) if p]
         if problems:
             raise RuntimeError(f"weight sync {version}: {problems[0]}")
-        self._dispatcher.use(control.urls)
 
-    def _connect(self) -> None:
-        """Join a transfer group with the engines as they are now."""
+    def _connect(self) -> str | None:
+        """Join a transfer group with the engines as they are now; what went wrong on some rank, if anything did."""
+        problem = None
+        try:
+            self._join()
+        except RuntimeError as error:
+            problem = str(error)
+        return next((p for p in self._world.gather(problem) if p), None)
+
+    def _join(self) -> None:
         # Before the first import of vllm in this process, which reads it.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -253,14 +296,17 @@ class ServerEngine:
 
         vllm_plugin.register()
         settings = self._config.vllm.server
-        self._control = Control(self._world.on_main(lambda: self._fleet.urls), settings.tensor_parallel_size)
+        urls = self._world.on_main(lambda: self._fleet.urls)
+        self._control = Control(urls, settings.tensor_parallel_size, settings.request_timeout_s)
         if self._world.is_main and self._vocab_size is not None:
             self._control.everywhere("collective_rpc", {"method": "cut_vocabulary", "args": [str(self._vocab_size)]})
         info = transfer_settings(
             cuda=self._world.device.type == "cuda",
             rank=self._world.rank,
-            workers=settings.engines * settings.tensor_parallel_size,
+            workers=len(urls) * settings.tensor_parallel_size,
             bucket_bytes=settings.bucket_bytes,
+            timeout_s=settings.request_timeout_s,
+            address=settings.address,
         )
         self._transfer = WeightTransferTrainerFactory.trainer_init(info, client=self._control, source=self._source)
 
@@ -276,21 +322,29 @@ class ServerEngine:
         found = self._world.gather(dict(self._dispatcher.down))
         suspects = {number for down in found for number in down}
         if everyone:
-            suspects = set(range(self._config.vllm.server.engines))
+            suspects = set(range(len(self._control.urls)))
+        self._replace(suspects)
+        while self._connect() is not None:
+            self._replace(set(range(len(self._control.urls))))
+
+    def _replace(self, suspects: set[int]) -> None:
         self.restarted += len(self._world.on_main(lambda: self._fleet.restart(sorted(suspects))))
-        self._connect()
 
 
-def transfer_settings(cuda: bool, rank: int, workers: int, bucket_bytes: int) -> Any:
-    """How this rank takes part in weight transfers: over NCCL, or gloo on a CPU."""
-    port = free_port()
+def transfer_settings(cuda: bool, rank: int, workers: int, bucket_bytes: int, timeout_s: float, address: str) -> Any:
+    """How this rank takes part in weight transfers: over NCCL, or gloo on a CPU, where timeout_s bounds every wait.
+
+    address: of the first rank's machine, as the engines reach it.
+    """
+    # Only the first rank listens.
+    port = free_port(address if rank == 0 else "127.0.0.1")
     if cuda:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        return NCCLTrainerInitInfo(HOST, port, workers + 1, packed_buffer_size_bytes=bucket_bytes, rank=rank)
+        return NCCLTrainerInitInfo(address, port, workers + 1, packed_buffer_size_bytes=bucket_bytes, rank=rank)
     from tcopd_fast.rollout.vllm_gloo import GlooTrainerInitInfo
 
-    return GlooTrainerInitInfo(HOST, port, workers + 1, bucket_bytes, rank=rank)
+    return GlooTrainerInitInfo(address, port, workers + 1, bucket_bytes, timeout_s, rank=rank)
 
 
 class LearnerSource:

@@ -13,7 +13,7 @@ from tcopd_fast.models import ModelSet, base_path, is_adapter
 from tcopd_fast.reward import reference_cancels, reference_ever_needed
 from tcopd_fast.scoring.delta import is_delta
 from tcopd_fast.scoring.placement import FrozenModel, Placer, ServedModel
-from tcopd_fast.scoring.weights import same_checkpoint
+from tcopd_fast.scoring.weights import WeightSource, same_checkpoint
 from tcopd_fast.types import Rollout, ScoredRollout
 
 REFERENCE = "reference"
@@ -27,11 +27,13 @@ class Scorer:
     (path, dtype and its base), or the URLs and the model's name there.
     """
 
-    def __init__(self, config: Config, models: ModelSet, world: World) -> None:
-        """A collective when some model is sharded."""
+    def __init__(
+        self, config: Config, models: ModelSet, world: World, student_base: WeightSource | None = None
+    ) -> None:
+        """A collective when some model is sharded. student_base: see `Placer`."""
         self.config = config
         self.models: dict[ModelKey, FrozenModel | ServedModel] = {}
-        placer = Placer(config, models, world)
+        placer = Placer(config, models, world, student_base)
         keys: dict[str, ModelKey] = {}
         wanted = self._wanted()
         # What a delta or an adapter builds on is there before it.
@@ -99,17 +101,21 @@ class Scorer:
         rollouts: Sequence[Rollout],
         lambdas: Sequence[Mapping[str, float]],
         old_logprobs: Sequence[Tensor] | None = None,
+        known: Sequence[Mapping[ModelKey, Tensor]] | None = None,
     ) -> list[ScoredRollout]:
         """Score rollouts at the sampling temperature; a teacher sees only samples where its λ is not 0.
 
-        lambdas: teacher -> λ, one table per rollout. old_logprobs: the learner's own, passed through.
+        lambdas: teacher -> λ, one table per rollout. old_logprobs: the learner's own, passed through. known: what
+        models have said of each rollout already; they are not asked again.
         """
         roles_of = [self._roles_for(table) for table in lambdas]
-        scores = {
-            key: self.logprobs(key, rollouts, indices)
-            for key, indices in self.needs(lambdas).items()
-            if indices or self.models[key].collective
-        }
+        known = [{}] * len(rollouts) if known is None else known
+        scores: dict[ModelKey, dict[int, Tensor]] = {}
+        for key, indices in self.needs(lambdas).items():
+            scores[key] = {i: known[i][key] for i in indices if key in known[i]}
+            left = [i for i in indices if i not in scores[key]]
+            if left or self.models[key].collective:
+                scores[key] |= self.logprobs(key, rollouts, left)
 
         def of(role: str, i: int) -> Tensor:
             return scores[self.roles[role]][i]
@@ -131,9 +137,13 @@ class Scorer:
         """Indices of the samples that every distinct model has to score, ascending; lambdas as in `score`."""
         needs: dict[ModelKey, list[int]] = {key: [] for key in self.models}
         for i, table in enumerate(lambdas):
-            for key in {self.roles[role] for role in self._roles_for(table)}:
+            for key in self.keys_for(table):
                 needs[key].append(i)
         return needs
+
+    def keys_for(self, lambdas: Mapping[str, float]) -> set[ModelKey]:
+        """The distinct models that a sample with these coefficients needs."""
+        return {self.roles[role] for role in self._roles_for(lambdas)}
 
     def _roles_for(self, lambdas: Mapping[str, float]) -> list[str]:
         active = [name for name, value in lambdas.items() if value]

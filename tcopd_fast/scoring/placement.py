@@ -5,6 +5,7 @@ offload    on disk or in pinned host memory; one layer at a time passes through 
 sharded    spread over the ranks, one layer at a time gathered from all of them
 delta      as a lossless difference to a base; one layer at a time is rebuilt
 lora       as low-rank factors beside a base; one layer at a time is summed
+student    under the adapter of a LoRA student, which the learner holds anyway
 server     in other processes that answer over HTTP
 """
 
@@ -86,6 +87,7 @@ class FrozenModel:
     tokens_per_forward: int
     tokens_per_trip: int | None
     device: torch.device
+    served = False
 
     @property
     def collective(self) -> bool:
@@ -121,6 +123,12 @@ class ServedModel:
     choice: Choice
     client: TeacherClient
     collective = False
+    served = True
+
+    @property
+    def tokens_per_trip(self) -> int:
+        """Tokens of one request."""
+        return self.client.server.max_tokens_per_request
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[Tensor]:
         """As `FrozenModel.score`, at temperature 1."""
@@ -130,7 +138,10 @@ class ServedModel:
 class Placer:
     """Puts models where the configuration says, or where they fit."""
 
-    def __init__(self, config: Config, models: ModelSet, world: World) -> None:
+    def __init__(
+        self, config: Config, models: ModelSet, world: World, student_base: WeightSource | None = None
+    ) -> None:
+        """student_base: the weights that the student started from, where the learner keeps them whole and frozen."""
         self.config, self.models, self.world, self.device = config, models, world, world.device
         # The same numbers on every rank, so that all choose alike.
         free, host = free_memory(world.device, world.ranks_here), free_host_memory(world.ranks_here)
@@ -138,6 +149,9 @@ class Placer:
         self.budget = int(-least["free"] * config.scoring.resident_share)
         self.host_budget = int(-least["host"])
         self.held: list[Held] = []
+        if student_base is not None:
+            choice = Choice("student", "the frozen base of the learner's LoRA student; no second copy")
+            self.held.append(Held(config.model.path, config.model.dtype, choice, student_base))
         self.digests: dict[str, str] = {}
 
     def place(self, spec: FrozenModelConfig, dtype: str) -> FrozenModel | ServedModel:
@@ -146,6 +160,8 @@ class Placer:
             return self._served(spec)
         if is_adapter(spec.path):
             choice, forward = self._adapter(spec, dtype)
+        elif (held := self._held(spec.path, dtype)) is not None and held.choice.placement == "student":
+            choice, forward = held.choice, self._stream(held.path, held.weights, dtype)
         else:
             choice = self.choose(spec, dtype)
             forward = self._load(spec, dtype, choice)
@@ -207,7 +223,7 @@ class Placer:
             self.held.append(Held(spec.path, dtype, choice, source))
             return self._stream(spec.path, source, dtype)
         lm = load_causal_lm(spec.path, **self._options(dtype)).to(self.device).eval().requires_grad_(False)
-        self.held.append(Held(spec.path, dtype, choice, ResidentWeights(lm.model)))
+        self.held.append(Held(spec.path, dtype, choice, ResidentWeights(lm.model.state_dict())))
         return lambda groups, temperature: [lm.logprobs(tokens, temperature=temperature).logprob for tokens in groups]
 
     def _stream(self, path: str, source: WeightSource, dtype: str) -> Forward:
@@ -243,11 +259,14 @@ class Placer:
         forward = self._stream(base, LowRankWeights(held.weights, factors), dtype)
         return Choice("lora", reason + held.choice.reason), forward
 
+    def _held(self, path: str, dtype: str) -> Held | None:
+        """A model with these weights that is there and not sharded."""
+        return next((h for h in self.held if h.dtype == dtype and same_checkpoint(h.path, path)), None)
+
     def _base_of_adapters(self, path: str, dtype: str) -> Held:
         """A model with these weights that is there and not sharded, else a new one, loaded for adapters alone."""
-        for held in self.held:
-            if held.dtype == dtype and same_checkpoint(held.path, path):
-                return held
+        if (held := self._held(path, dtype)) is not None:
+            return held
         spec = FrozenModelConfig(path=path)
         self._load(spec, dtype, self.choose(spec, dtype, shardable=False))
         return self.held[-1]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tcopd_fast.dist import World
-from tcopd_fast.learner import HfZero3
-from tcopd_fast.models import PackedCausalLM, load_causal_lm
+from tcopd_fast.models import HfZero3, PackedCausalLM, load_causal_lm
 from tcopd_fast.packing import pack
 from tcopd_fast.types import PackedTokens
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import ADAPTER_CONFIG, resolve_path
@@ -105,8 +105,8 @@ class MappedWeights:
 class ResidentWeights:
     """The tensors of a model that is on the device anyway."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors = model.state_dict()
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
 
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)

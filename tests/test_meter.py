@@ -1,0 +1,100 @@
+"""When engines in processes of their own were busy, as the dispatcher of their requests saw it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import httpx
+
+from tcopd_fast.rollout.meter import Meter
+from tcopd_fast.rollout.requests import Dispatcher, Request, Ticket
+from tcopd_fast.timeline import Span, epoch_seconds
+from tcopd_fast.types import Prompt
+
+
+def test_meter_unites_requests_and_cuts_where_a_step_ends():
+    meter = Meter()
+    meter.expect(2)
+    with meter.request(0):
+        with meter.request(0):
+            time.sleep(0.02)
+            meter.returned(0, 5)
+        time.sleep(0.01)
+        middle = epoch_seconds()
+        time.sleep(0.01)
+        first = meter.drain(middle)
+        meter.returned(0, 7)
+    second = meter.drain(epoch_seconds())
+    (one,), (two,) = first["engine 0"], second["engine 0"]
+    assert first["engine 1"] == second["engine 1"] == []
+    assert one.end == two.start == middle and (one.tokens, two.tokens) == (5, 7)
+    assert one.end - one.start > 0.03 and two.end - two.start >= 0.01
+    assert meter.drain(epoch_seconds()) == {"engine 0": [], "engine 1": []}
+
+
+def test_meter_counts_no_time_while_weights_are_exchanged():
+    meter = Meter()
+    with meter.request(0):
+        time.sleep(0.01)
+        with meter.held():
+            start = epoch_seconds()
+            with meter.request(0):
+                time.sleep(0.02)
+                meter.returned(0, 3)
+            end = epoch_seconds()
+        time.sleep(0.01)
+    first, second = meter.drain(epoch_seconds())["engine 0"]
+    assert first.end <= start and second.start >= end and (first.tokens, second.tokens) == (0, 3)
+
+
+def test_meter_under_many_threads_loses_no_token():
+    meter = Meter()
+    taken: list[Span] = []
+
+    def ask(engine: int) -> None:
+        for _ in range(200):
+            with meter.request(engine % 3):
+                meter.returned(engine % 3, 1)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        taken += [span for own in meter.drain(epoch_seconds()).values() for span in own]
+    taken += [span for own in meter.drain(epoch_seconds()).values() for span in own]
+    assert sum(span.tokens for span in taken) == 1200
+
+
+def test_dispatcher_reports_when_which_engine_had_requests():
+    """Two engines of 30 ms a response and one that refuses connections, four requests."""
+
+    async def respond(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "broken":
+            raise httpx.ConnectError("refused")
+        await asyncio.sleep(0.03)
+        content = [{"token_id": 7, "logprob": -1.0}, {"token_id": 8, "logprob": -1.0}]
+        choice = {
+            "token_ids": [7, 8], "logprobs": {"content": content}, "finish_reason": "stop",
+            "weight_versions": [{"version": "3"}],
+        }  # fmt: skip
+        return httpx.Response(200, json={"choices": [choice]})
+
+    dispatcher = Dispatcher(timeout_s=5.0)
+    dispatcher._client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
+    dispatcher.use(["http://one", "http://two", "http://broken"])
+    ticket = Ticket()
+    prompt = Prompt("p", "math", (1,), "", None, "test")
+    start = epoch_seconds()
+    dispatcher.submit(ticket, [Request((0, i), prompt, i, {}) for i in range(4)])
+    while ticket.under_way(0):
+        ticket.wait()
+    seen = dispatcher.meter.drain(epoch_seconds())
+    dispatcher.close()
+    assert list(seen) == ["engine 0", "engine 1", "engine 2"]
+    assert sum(span.tokens for own in seen.values() for span in own) == 8
+    for name in ("engine 0", "engine 1"):
+        (own,) = seen[name]
+        assert own.tokens in (2, 4, 6) and start <= own.start and own.end - own.start >= 0.03
+    assert sum(span.tokens for span in seen["engine 2"]) == 0
