@@ -1,6 +1,6 @@
 """How fast the miniature trains with every rollout engine, and what generating ahead of the learner gains.
 
-    python bench/throughput.py --out runs/throughput [--rounds 3] [--steps 10] [--only-report]
+    python bench/throughput.py --out runs/throughput [--rounds 3] [--steps 12] [--only-report]
 
 One rank trains with the engines hf, vLLM in its process, and vLLM in a process of its own at staleness 0, 1 and 2; the
 rounds interleave them. Every process has one thread; the rank is pinned to one core and an engine of its own to

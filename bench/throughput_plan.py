@@ -13,7 +13,7 @@ from tcopd_fast.timeline import StepTimeline, throughput_metrics, use
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
-STEPS = 10
+STEPS = 12
 # The first steps allocate, compile and fill caches.
 WARM_UP_STEPS = 3
 ROUNDS = 3

@@ -149,7 +149,7 @@ def _add_serve_rollout(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     default = VllmConfig()
     serve = command("serve-rollout", _serve_rollout, "Run a rollout engine for a trainer elsewhere (docs/rollout.md).")
-    serve.add_argument("model", metavar="MODEL", help="checkpoint of the student's shape: hub id, folder, miniature:NAME")
+    serve.add_argument("model", metavar="MODEL", help="checkpoint of the student's shape: hub id, folder, …")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine)")
     serve.add_argument("--port", type=positive_int, default=8100, help="default %(default)s")
     serve.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="N", help="GPUs of the engine")

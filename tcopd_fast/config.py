@@ -94,6 +94,7 @@ class Config(Section):
                 f"learner.minibatches={self.learner.minibatches} exceeds rollout.prompts_per_step="
                 f"{self.rollout.prompts_per_step}; every optimizer step needs a prompt"
             )
+        _check_offload(self.learner)
         _check_sampling(self.rollout, self.eval)
         _check_lengths(self.rollout)
         _check_engines(self.rollout, self.objective)
@@ -256,8 +257,16 @@ def _check_engine_urls(settings: VllmServerConfig, apart: bool) -> None:
     far = next((host for host in hosts if host not in LOOPBACK), None)
     if settings.address in LOOPBACK and far is not None:
         raise ValueError(
-            f"rollout.vllm.server.address={settings.address}: the engine on {far} gets its weights from the first rank's "
-            "machine and cannot reach it there; give that machine's name or address in your network"
+            f"rollout.vllm.server.address={settings.address}: the engine on {far} gets its weights from the first "
+            "rank's machine and cannot reach it there; give that machine's name or address in your network"
+        )
+
+
+def _check_offload(learner: LearnerConfig) -> None:
+    if learner.offload == "optimizer_and_weights" and learner.zero_stage < 3:
+        raise ValueError(
+            f"learner.offload=optimizer_and_weights with learner.zero_stage={learner.zero_stage}: only ZeRO 3 fetches "
+            "weights layer by layer; set learner.zero_stage=3 or learner.offload=optimizer"
         )
 
 

@@ -174,7 +174,7 @@ class VllmServerConfig(Section):
     """Engines that run already, on any machine, each started there by `tcopd serve-rollout`: [http://10.0.0.2:8100];
     none is started then. An engine serves one run at a time."""
     address: str = "127.0.0.1"
-    """The first rank's machine, as the engines of `urls` reach it to get weights: its name or address in your network."""
+    """The first rank's machine, as the engines of `urls` reach it to get weights: its address in your network."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs of one engine."""
     gpus: list[list[NonNegativeInt]] = Field(default_factory=list)

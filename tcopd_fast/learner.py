@@ -65,6 +65,7 @@ class Learner:
                 attention=config.model.attention,
                 vocab_size=models.vocab_size,
                 trust_remote_code=config.model.trust_remote_code,
+                liger=config.model.liger,
             )
         if config.model.lora is not None:
             add_adapter(lm, config.model.lora, config.seed)

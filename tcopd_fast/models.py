@@ -19,6 +19,7 @@ from tcopd_fast import miniature
 from tcopd_fast.config import Config
 from tcopd_fast.config_sections import FrozenModelConfig
 from tcopd_fast.errors import UserError
+from tcopd_fast.liger import apply_liger, check_liger
 from tcopd_fast.packing import PACKED_SDPA
 from tcopd_fast.types import PackedTokens
 
@@ -152,7 +153,13 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def load_causal_lm(
-    path: str, *, dtype: str, attention: str, vocab_size: int | None, trust_remote_code: bool = False
+    path: str,
+    *,
+    dtype: str,
+    attention: str,
+    vocab_size: int | None,
+    trust_remote_code: bool = False,
+    liger: bool = False,
 ) -> PackedCausalLM:
     """Load a checkpoint (safetensors only) ready for packed sequences."""
     load_model_config(path, trust_remote_code)
@@ -173,6 +180,8 @@ def load_causal_lm(
             f"model {path}: the output head is {type(model.get_output_embeddings()).__name__}; "
             "only a plain nn.Linear is supported (merge adapters first)"
         )
+    if liger:
+        apply_liger(model)
     return PackedCausalLM(model, vocab_size)
 
 
@@ -219,10 +228,14 @@ def check_models(config: Config) -> ModelSet:
         raise UserError(
             f"model.path {config.model.path}: its tokenizer has no eos_token, so a response could never end"
         )
+    if config.model.liger:
+        check_liger(config.model.path, student.model_type)
     rows = {"model.path": text_config(student).vocab_size}
     positions = [max_positions(student)]
     for field, spec in frozen_models(config):
         other = load_model_config(described_by(config, spec), trust)
+        if config.model.liger and spec.server is None:
+            check_liger(spec.path, other.model_type)
         rows[field] = text_config(other).vocab_size
         positions.append(max_positions(other))
         source = tokenizer_source(config, spec)

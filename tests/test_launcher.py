@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from forked import run_forked
 from running import ROOT, learning, lines, write_config
+from test_faults import steps_logged
 
+from tcopd_fast.checkpoints import checkpoint_steps
 from tcopd_fast.cli import main
 from tcopd_fast.dist import free_port
 
@@ -80,11 +83,17 @@ def test_two_machines_train_one_run(tiny, tmp_path):
 
 
 def test_tcopd_train_gives_options_to_the_launcher(tiny, tmp_path):
-    config = config_file(tiny, tmp_path)
+    """A signal to the command on the second machine stops the whole run, saved."""
+    config, run_dir = config_file(tiny, tmp_path, steps=1000), tmp_path / "run"
     nodes, logs = two_machines(tmp_path), [tmp_path / "log0", tmp_path / "log1"]
     commands = [[*TRAIN, "--config", config, f"--launcher={' '.join(node)}"] for node in nodes]
-    finish([start(command, log) for command, log in zip(commands, logs, strict=True)], logs)
-    check_run(tmp_path / "run")
+    processes = [start(command, log) for command, log in zip(commands, logs, strict=True)]
+    while not steps_logged(run_dir):
+        assert processes[0].poll() is None, logs[0].read_text()
+        time.sleep(0.05)
+    processes[1].terminate()
+    text = finish(processes, logs)
+    assert "stopped as asked" in text and checkpoint_steps(run_dir)[-1] == steps_logged(run_dir)
 
 
 def test_a_second_machine_that_never_comes_is_named(tiny, tmp_path):

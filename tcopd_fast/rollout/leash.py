@@ -15,7 +15,7 @@ CHECK_S = 0.5
 
 
 def main(parent: int, command: list[str]) -> int:
-    """Returns the command's exit status, negative for a signal."""
+    """Returns the command's exit status as a shell does: 128 + n for signal n."""
     child = subprocess.Popen(command)
 
     def end(*_: object) -> None:
@@ -27,7 +27,7 @@ def main(parent: int, command: list[str]) -> int:
         if os.getppid() != parent:
             end()
         time.sleep(CHECK_S)
-    return child.returncode
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 if __name__ == "__main__":

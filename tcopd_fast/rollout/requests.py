@@ -175,8 +175,10 @@ class ForeignWeights(RuntimeError):
 
 
 def parse(request: Request, body: Mapping[str, Any]) -> Answer:
-    """vLLM's answer. Raises RuntimeError when tokens and logprobs do not belong together, ForeignWeights when the weights
-    have no number of ours."""
+    """vLLM's answer.
+
+    Raises RuntimeError when tokens and logprobs do not belong together, ForeignWeights for weights without a number.
+    """
     choice = body["choices"][0]
     token_ids = tuple(choice["token_ids"])
     content = choice["logprobs"]["content"]

@@ -238,6 +238,7 @@ class Placer:
             "attention": model.attention,
             "vocab_size": self.models.vocab_size,
             "trust_remote_code": model.trust_remote_code,
+            "liger": model.liger,
         }
 
     def _adapter(self, spec: FrozenModelConfig, dtype: str) -> tuple[Choice, Forward]:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from tcopd_fast.errors import UserError
+from tcopd_fast.liger import apply_liger
 from tcopd_fast.models import DTYPES, load_model_config, resolve_path, text_config
 from tcopd_fast.packing import PACKED_SDPA
 from tcopd_fast.scoring.weights import WeightSource
@@ -78,8 +79,11 @@ class StreamedCausalLM:
         vocab_size: int | None,
         device: torch.device,
         trust_remote_code: bool = False,
+        liger: bool = False,
     ) -> None:
         model = empty_model(path, dtype, attention, trust_remote_code)
+        if liger:
+            apply_liger(model)
         self.vocab_size = vocab_size
         self.softcap = getattr(text_config(model.config), "final_logit_softcapping", None)
         model.eval().requires_grad_(False)
