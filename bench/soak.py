@@ -17,12 +17,23 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from soak_plan import CONFIG, MIN_STEPS, RANKS, ROOT, STEPS, overrides, schedule, soak_overrides, train_command
+from soak_plan import (
+    CONFIG,
+    MIN_STEPS,
+    RANKS,
+    ROOT,
+    STEPS,
+    UNBROKEN,
+    overrides,
+    schedule,
+    soak_overrides,
+    train_command,
+)
 from soak_report import BEGIN, END, assess, markdown
 from soak_run import Soak, launch
 from table1 import RESULTS, Outputs, write_outputs
@@ -74,7 +85,8 @@ def measure(out: Path, steps: int, seed: int) -> dict[str, Any]:
         "memory": [
             {"name": life.name, "samples": [[round(s.t, 2), s.step, s.resident, s.anonymous] for s in life.samples]}
             for life in soak.watch.lives
-        ],
+        ]
+        + [{"name": UNBROKEN, "samples": peaks(read_lines(out / "unbroken" / "metrics.jsonl"))}],
         "rows": [shown(row) for row in read_lines(soak.run_dir / "metrics.jsonl")],
         "accuracy": {
             name: {record["step"]: [record["mean_at_k"], record["standard_error"]] for record in records}
@@ -84,6 +96,12 @@ def measure(out: Path, steps: int, seed: int) -> dict[str, Any]:
             )
         },
     }
+
+
+def peaks(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """The largest resident set of every step, as `Sample`s; of its anonymous part nothing is known."""
+    largest = [max(size for name, size in row.items() if name.startswith("peak_memory_bytes/")) for row in rows]
+    return [[0.0, row["step"], size, size] for row, size in zip(rows, largest, strict=True)]
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from soak_plan import ENDING, ENGINE_KILLED, ENGINE_STOPPED
+from soak_plan import ENDING, ENGINE_KILLED, ENGINE_STOPPED, UNBROKEN
 from table1_figure import STYLE
 
 MB = 1e6
@@ -25,10 +25,12 @@ def draw(table: Mapping[str, Any], out: Path) -> list[Path]:
         named: set[str] = set()
         for life in table["memory"]:
             name = life["name"]
+            if name == UNBROKEN:  # which ran after the soak
+                continue
             minutes = [sample[0] / 60 for sample in life["samples"]]
             sizes = [sample[2] / MB for sample in life["samples"]]
             label = None if name in named else name
-            axes.plot(minutes, sizes, color=_COLOURS.get(name, _GREY), linewidth=1.5, label=label)
+            axes.plot(minutes, sizes, color=_COLOURS[name], linewidth=1.5, label=label)
             named.add(name)
         top = 1.12 * axes.get_ylim()[1]
         axes.set_ylim(0, top)

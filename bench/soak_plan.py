@@ -23,6 +23,8 @@ MIN_LIFE_STEPS = 40
 FLAT_SHARE = 0.05
 # The soak learned as the unbroken run did when it gained at least this share of what that gained.
 GAIN_SHARE = 0.8
+UNBROKEN = "unbroken run's rank"
+"""Name of the life that nothing happened to, the longest one."""
 
 ENGINE_KILLED = "engine killed"
 ENGINE_STOPPED = "engine stopped"
@@ -88,8 +90,8 @@ def overrides(steps: int, run_dir: Path, seed: int) -> list[str]:
     """Configuration keys of the soak and of the unbroken run that it is compared with."""
     return [
         f"run_dir={run_dir}", f"steps={steps}", f"seed={seed}", "rollout.prompts_per_step=64", "eval.every=0",
-        f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=3", "logging.tensorboard=false",
-        "logging.token_samples=0", "judge.default=soak_judge:verdict", "judge.timeout_s=3",
+        "eval.samples=2", f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=3",
+        "logging.tensorboard=false", "logging.token_samples=0", "judge.default=soak_judge:verdict", "judge.timeout_s=3",
     ]  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def soak_overrides() -> list[str]:
     """What the soak has beyond the unbroken run: an engine in a process of its own, one batch ahead."""
     return [
         "rollout.engine=vllm", "rollout.vllm.mode=server", f"rollout.staleness={STALENESS}",
-        f"rollout.vllm.kv_cache_memory_bytes={32 << 20}", "rollout.vllm.server.request_timeout_s=20",
+        f"rollout.vllm.kv_cache_memory_bytes={32 << 20}", "rollout.vllm.server.request_timeout_s=30",
     ]  # fmt: skip
 
 
@@ -120,8 +122,8 @@ class Sample:
 class Flatness:
     """Medians of the resident set, bytes: of the quarter of a life after warm-up, and of its last quarter.
 
-    flat: None when the life was shorter than MIN_LIFE_STEPS. per_100_steps: bytes of anonymous memory, Theil–Sen
-    slope after warm-up.
+    flat: None when the life was shorter than MIN_LIFE_STEPS. per_100_steps: bytes of anonymous memory, Theil–Sen slope
+    over the second half of the life: what would add up over a night.
     """
 
     steps: int
@@ -137,18 +139,22 @@ class Flatness:
 
 
 def flatness(samples: Sequence[Sample]) -> Flatness:
-    """The criterion, for one process's life. Raises ValueError without samples."""
+    """The criterion, for one process's life. Raises ValueError without samples.
+
+    Samples after its last logged step do not count: an evaluation may follow, a last checkpoint, the process's end.
+    """
     if not samples:
         raise ValueError("flatness: no samples of this process")
     first, last = samples[0].step, samples[-1].step
     steps, begin = last - first, first + WARM_UP_STEPS
     quarter = steps / 4
-    early = [s.resident for s in samples if begin <= s.step <= begin + quarter]
-    late = [s.resident for s in samples if s.step >= last - quarter]
+    trained = [s for s in samples if s.step < last]
+    early = [s.resident for s in trained if begin <= s.step <= begin + quarter]
+    late = [s.resident for s in trained if s.step >= last - quarter]
     if steps < MIN_LIFE_STEPS or not early:
         return Flatness(steps, float(samples[0].resident), float(samples[-1].resident), 0.0, None)
     one, two = median(early), median(late)
-    slope = theil_sen([(s.step, s.anonymous) for s in samples if s.step >= begin])
+    slope = theil_sen([(s.step, s.anonymous) for s in trained if s.step >= first + steps / 2])
     return Flatness(steps, one, two, 100 * slope, abs(two / one - 1) <= FLAT_SHARE)
 
 

@@ -130,16 +130,18 @@ def markdown(table: Mapping[str, Any], figure: str, results: str) -> str:
             "| --- | ---: | --- | ---: |",
             *(fault_row(fault) for fault in table["faults"]),
             "",
-            f"| process | alive during steps | resident MB after {WARM_UP_STEPS} steps | at the end | change | flat |",
-            "| --- | ---: | ---: | ---: | ---: | --- |",
+            f"| process | alive during steps | MB after {WARM_UP_STEPS} steps | at the end | change | flat | slope |",
+            "| --- | ---: | ---: | ---: | ---: | --- | ---: |",
             *(memory_row(life) for life in table["memory"] if life["flat"] is not None),
             "",
             "; ".join(f"{one['name']}: {one['seen']}" for one in table["checks"]).capitalize() + ".",
             "",
             f"Flat: medians of the resident set of a process with its children, over the quarter of its life after "
             f"{WARM_UP_STEPS} steps and over the last quarter, differ by {FLAT_SHARE:.0%} at most; lives under "
-            f"{MIN_LIFE_STEPS} steps are not judged. Over: a step logged with a new engine or by the resumed run, or a "
-            f"checkpoint saved. Held-out accuracy after the last step: {reached}. {provenance(table, results)}",
+            f"{MIN_LIFE_STEPS} steps are not judged. Slope: MB of anonymous memory per 100 steps in the second half of "
+            "the life (of the unbroken run's rank: of its peak resident set). Over: a step logged with a new engine or "
+            f"by the resumed run, or a checkpoint saved. Held-out accuracy after the last step: {reached}. "
+            f"{provenance(table, results)}",
             "",
             f"![Memory over time, with the faults]({figure})",
         ]
@@ -170,7 +172,7 @@ def memory_row(life: Mapping[str, Any]) -> str:
     sizes = f"{life['early_bytes'] / MB:.0f} | {life['late_bytes'] / MB:.0f}"
     return (
         f"| {life['name']} | {first} – {first + life['steps']} | {sizes} | {100 * life['change']:+.1f} % | "
-        f"{'yes' if life['flat'] else '**no**'} |"
+        f"{'yes' if life['flat'] else '**no**'} | {life['anonymous_bytes_per_100_steps'] / MB:+.1f} |"
     )
 
 

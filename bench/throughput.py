@@ -1,11 +1,12 @@
 """How fast the miniature trains with every rollout engine, and what generating ahead of the learner gains.
 
-    python bench/throughput.py --out runs/throughput [--rounds 3] [--steps 12] [--only-report]
+    python bench/throughput.py --out runs/throughput [--rounds 3] [--steps 10] [--only-report]
 
-One rank trains with the engines hf, vLLM in its process, and vLLM in a process of its own at staleness 0, 1 and 2; the
-rounds interleave them. Every process has one thread; the rank is pinned to one core and an engine of its own to
-another, so that they can work at the same time. The numbers come from the runs' timeline.jsonl. JSON, figure, the
-tables of docs/throughput.md and a summary in the README are written; with fewer rounds or steps they stay in OUT.
+One rank trains the miniature with the engines hf, vLLM in its process, and vLLM in a process of its own at staleness 0
+and 1; and a wider random model with the last two. The rounds interleave them. Every process has one thread; the rank is
+pinned to one core and an engine of its own to another, so that they can work at the same time. The numbers come from
+the runs' timeline.jsonl. JSON, figure, the tables of docs/throughput.md and a summary in the README are written; with
+fewer rounds or steps they stay in OUT.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,16 +29,17 @@ import psutil
 from soak_watch import LEASH
 from table1 import RESULTS, Outputs, write_outputs
 from table1_report import check_markers, link_from, replace_block
+from teacher_memory_models import write_models
 from throughput_plan import (
     AHEAD,
-    CELLS,
     CONFIG,
     ROOT,
     ROUNDS,
     STEPS,
     STRICT,
     WARM_UP_STEPS,
-    Cell,
+    WORKLOADS,
+    Workload,
     numbers,
     over_rounds,
     overlap,
@@ -73,9 +75,9 @@ def pin(process: psutil.Process, core: int) -> None:
                 os.sched_setaffinity(thread.id, {core})
 
 
-def train(cell: Cell, run_dir: Path, steps: int) -> None:
-    """One run, pinned, to its end. Raises UserError when it fails."""
-    command = [sys.executable, "-m", "tcopd_fast.train", "--config", str(CONFIG), *overrides(cell, run_dir, steps)]
+def train(words: Sequence[str], run_dir: Path, apart: bool) -> None:
+    """One run, pinned, to its end; apart: its engine goes to a core of its own. Raises UserError when it fails."""
+    command = [sys.executable, "-m", "tcopd_fast.train", "--config", str(CONFIG), *words]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     # Left to itself vLLM would choose the cores of its threads.
@@ -92,15 +94,15 @@ def train(cell: Cell, run_dir: Path, steps: int) -> None:
         end = time.monotonic() + LIMIT_S
         while process.poll() is None:
             if time.monotonic() > end:
-                raise UserError(f"throughput: {cell.name} took more than {LIMIT_S:.0f} s; see {log}")
-            if cell.apart and not (run_dir / "metrics.jsonl").exists():
+                raise UserError(f"throughput: {run_dir.name} took more than {LIMIT_S:.0f} s; see {log}")
+            if apart and not (run_dir / "metrics.jsonl").exists():
                 pin_engines(process.pid, engines)
             time.sleep(POLL_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
-        raise UserError(f"throughput: {cell.name} ended with status {process.returncode}; see {log}")
+        raise UserError(f"throughput: {run_dir.name} ended with status {process.returncode}; see {log}")
 
 
 def pin_engines(trainer: int, core: int) -> None:
@@ -118,21 +120,24 @@ def shown(steps: Sequence[StepTimeline]) -> list[dict[str, Any]]:
 
 
 def measure(out: Path, rounds: int, steps: int) -> dict[str, Any]:
-    """Every cell, `rounds` times, interleaved."""
-    found: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in CELLS}
-    examples = {}
+    """Every cell of every workload, interleaved."""
+    out.mkdir(parents=True)
     began = time.monotonic()
+    found: dict[tuple[str, str], list[list[StepTimeline]]] = {}
+    for workload in WORKLOADS:
+        if workload.shape is not None:
+            write_models(models_of(out, workload), workload.shape, (), 1, jobs=1)
     for turn in range(rounds):
-        for cell in CELLS:
-            run_dir = out.resolve() / f"round{turn}" / cell.name
-            train(cell, run_dir, steps)
-            timeline = load(run_dir)
-            if [step.step for step in timeline] != list(range(1, steps + 1)):
-                raise UserError(f"throughput: {cell.name} has no timeline of {steps} steps; see {run_dir}")
-            found[cell.name].append(numbers(timeline))
-            examples[cell.name] = shown(timeline)
-            seconds = found[cell.name][-1]["step_s"]
-            print(f"{(time.monotonic() - began) / 60:5.1f} min  round {turn} {cell.name}: {seconds:.2f} s", flush=True)
+        for workload in WORKLOADS:
+            for cell in workload.cells if turn < workload.rounds else ():
+                run_dir = out.resolve() / f"round{turn}" / f"{workload.name}_{cell.name}"
+                train(overrides(workload, cell, run_dir, models_of(out, workload), steps), run_dir, cell.apart)
+                timeline = load(run_dir)
+                if [step.step for step in timeline] != list(range(1, steps + 1)):
+                    raise UserError(f"throughput: no timeline of {steps} steps in {run_dir}")
+                found.setdefault((workload.name, cell.name), []).append(timeline)
+                minutes = (time.monotonic() - began) / 60
+                print(f"{minutes:5.1f} min  {run_dir.name}: {numbers(timeline)['step_s']:.2f} s a step", flush=True)
     command = ["python", "bench/throughput.py", "--out", str(out)]
     command += ["--rounds", str(rounds)] if rounds != ROUNDS else []
     command += ["--steps", str(steps)] if steps != STEPS else []
@@ -143,18 +148,36 @@ def measure(out: Path, rounds: int, steps: int) -> dict[str, Any]:
         "steps": steps,
         "warm_up_steps": WARM_UP_STEPS,
         "seconds": time.monotonic() - began,
+        "workloads": [workload_record(workload, found, steps) for workload in WORKLOADS],
+    }
+
+
+def models_of(out: Path, workload: Workload) -> Path:
+    """Where a workload's random model lies."""
+    return out.resolve() / "models" / workload.name
+
+
+def workload_record(
+    workload: Workload, found: Mapping[tuple[str, str], Sequence[Sequence[StepTimeline]]], steps: int
+) -> dict[str, Any]:
+    """A workload as it goes into the JSON."""
+    rounds = {cell.name: [numbers(run) for run in found[workload.name, cell.name]] for cell in workload.cells}
+    strict, ahead = (rounds[cell.name] for cell in (STRICT, AHEAD))
+    return {
+        "name": workload.name,
+        "title": workload.title,
+        "overlap": asdict(overlap(strict, ahead)),
         "cells": [
             {
                 "name": cell.name,
                 "title": cell.title,
-                "overrides": overrides(cell, Path("RUN"), steps),
-                "rounds": found[cell.name],
-                "median": over_rounds(found[cell.name]),
-                "timeline": examples[cell.name],
+                "overrides": overrides(workload, cell, Path("RUN"), Path("MODELS"), steps),
+                "rounds": rounds[cell.name],
+                "median": over_rounds(rounds[cell.name]),
+                "timeline": shown(found[workload.name, cell.name][0]),
             }
-            for cell in CELLS
+            for cell in workload.cells
         ],
-        "overlap": asdict(overlap(found[STRICT], found[AHEAD])),
     }
 
 

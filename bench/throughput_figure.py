@@ -22,11 +22,12 @@ _TRACKS = ("rank 0", "engine 0")
 
 def draw(table: Mapping[str, Any], out: Path) -> list[Path]:
     """Write OUT (SVG): spans of both tracks against seconds, one panel per staleness, on one time scale."""
-    cells = {cell["name"]: cell for cell in table["cells"]}
+    workload = table["workloads"][-1]
+    cells = {cell["name"]: cell for cell in workload["cells"]}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.9))
         panels = figure.subplots(2, 1, sharex=True)
-        for axes, name in zip(panels, (STRICT, AHEAD), strict=True):
+        for axes, name in zip(panels, (STRICT.name, AHEAD.name), strict=True):
             steps = cells[name]["timeline"]
             begin = steps[0]["start"]
             for step in steps:
@@ -40,7 +41,7 @@ def draw(table: Mapping[str, Any], out: Path) -> list[Path]:
                             )
             axes.axvline(steps[-1]["end"] - begin, color="#9ca3af", linewidth=0.8)
             axes.set_yticks([0, -1], ["rank", "engine"])
-            axes.set_title(cells[name]["title"], fontsize=10, loc="left")
+            axes.set_title(f"{cells[name]['title']} ({workload['title'].split(',')[0]})", fontsize=10, loc="left")
         panels[-1].set_xlabel("seconds; grey lines: steps begin")
         panels[-1].set_xlim(left=0)
         handles = [Patch(color=colour, label=stage.replace("_", " ")) for stage, colour in _COLOURS.items()]

@@ -9,17 +9,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from teacher_memory_models import Shape
+
 from tcopd_fast.timeline import StepTimeline, throughput_metrics, use
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
-STEPS = 12
+STEPS = 10
 # The first steps allocate, compile and fill caches.
 WARM_UP_STEPS = 3
 ROUNDS = 3
 RATES = ("rollout/tokens_per_s", "scoring/tokens_per_s", "learner/tokens_per_s", "batch/tokens_per_s")
-SERVER = ("rollout.engine=vllm", "rollout.vllm.mode=server", f"rollout.vllm.kv_cache_memory_bytes={32 << 20}")
-COLOCATE = ("rollout.engine=vllm", "rollout.vllm.mode=colocate", f"rollout.vllm.kv_cache_memory_bytes={32 << 20}")
+VLLM = ("rollout.engine=vllm", f"rollout.vllm.kv_cache_memory_bytes={64 << 20}")
+SERVER = (*VLLM, "rollout.vllm.mode=server")
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,56 @@ class Cell:
     apart: bool = False
 
 
-STRICT, AHEAD = "server_0", "server_1"
-CELLS = (
+STRICT = Cell("server_0", "vllm, server, staleness 0", (*SERVER, "rollout.staleness=0"), apart=True)
+AHEAD = Cell("server_1", "vllm, server, staleness 1", (*SERVER, "rollout.staleness=1"), apart=True)
+INSIDE = (
     Cell("hf", "hf", ("rollout.engine=hf",)),
-    Cell("colocate", "vllm, colocate", COLOCATE),
-    Cell(STRICT, "vllm, server, staleness 0", (*SERVER, "rollout.staleness=0"), apart=True),
-    Cell(AHEAD, "vllm, server, staleness 1", (*SERVER, "rollout.staleness=1"), apart=True),
-    Cell("server_2", "vllm, server, staleness 2", (*SERVER, "rollout.staleness=2"), apart=True),
+    Cell("colocate", "vllm, colocate", (*VLLM, "rollout.vllm.mode=colocate")),
 )
 
 
-def overrides(cell: Cell, run_dir: Path, steps: int) -> list[str]:
-    """Configuration keys of a run. Epochs are chosen so that training takes about as long as generating."""
-    return [
+@dataclass(frozen=True)
+class Workload:
+    """A model and its batch, for some cells. rounds: most that are run. shape: of a random model (or the miniature)."""
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    rounds: int
+    overrides: tuple[str, ...]
+    shape: Shape | None = None
+
+
+# Epochs, prompts and lengths are chosen so that training takes about as long as generating.
+WORKLOADS = (
+    Workload(
+        "miniature",
+        "miniature, 0.3M parameters, 128 responses of about 13 tokens",
+        (*INSIDE, STRICT, AHEAD),
+        2,
+        ("rollout.prompts_per_step=128", "learner.epochs=6"),
+    ),
+    Workload(
+        "wider",
+        "random Qwen3, 4.2M parameters, 32 responses of 64 tokens",
+        (STRICT, AHEAD),
+        ROUNDS,
+        ("rollout.prompts_per_step=32", "rollout.max_new_tokens=64", "learner.lr=1e-5"),
+        Shape(vocab=4096, hidden=256, intermediate=768, layers=4, sequences=32, response_tokens=64),
+    ),
+)
+
+
+def overrides(workload: Workload, cell: Cell, run_dir: Path, models: Path, steps: int) -> list[str]:
+    """Configuration keys of a run. models: where the random model of a workload with a shape lies."""
+    words = [
         f"run_dir={run_dir}", f"steps={steps}", "eval.data=[]", "checkpoint.every=0", "logging.tensorboard=false",
-        "logging.token_samples=0", "rollout.prompts_per_step=128", "learner.epochs=6", *cell.overrides,
+        "logging.token_samples=0", *workload.overrides, *cell.overrides,
     ]  # fmt: skip
+    if workload.shape is not None:
+        base, other = models / "base", models / "full_1"
+        words += [f"model.path={base}", f"teachers.expert.path={other}", f"teachers.anti_expert.path={base}"]
+    return words
 
 
 def numbers(steps: Sequence[StepTimeline]) -> dict[str, Any]:

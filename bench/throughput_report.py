@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -15,26 +15,41 @@ WORK = ("scoring", "reward", "batch", "loss", "learner", "weight_sync")
 
 def markdown(table: Mapping[str, Any], figure: str, results: str) -> str:
     """The block of docs/throughput.md."""
-    return "\n".join(
-        [
+    cells = [cell for workload in table["workloads"] for cell in workload["cells"]]
+    lines = []
+    for workload in table["workloads"]:
+        rounds = len(workload["cells"][0]["rounds"])
+        lines += [
+            f"**{workload['title']}** ({rounds} round{'' if rounds == 1 else 's'})",
+            "",
             "| engine | step, s | tokens/s, whole step | while generating | while scoring | while learning |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",
-            *(rate_row(cell) for cell in table["cells"]),
+            *(rate_row(cell) for cell in workload["cells"]),
             "",
-            "Share of a step's wall time, per stage; in server mode rollout is the rank waiting for responses:",
-            "",
-            f"| engine | engine generates | rollout | {' | '.join(WORK).replace('_', ' ')} |",
+            f"| share of the step | engine generates | rollout | {' | '.join(WORK).replace('_', ' ')} |",
             f"| --- | ---: | ---: | {' | '.join('---:' for _ in WORK)} |",
-            *(share_row(cell) for cell in table["cells"]),
+            *(share_row(cell) for cell in workload["cells"]),
             "",
-            *overlap_rows(table["overlap"]),
+        ]
+    titles = [workload["title"].split(",")[0] for workload in table["workloads"]]
+    return "\n".join(
+        [
+            *lines,
+            f"| what generating ahead gains; s of a step | {' | '.join(titles)} |",
+            f"| --- | {' | '.join('---:' for _ in titles)} |",
+            *overlap_rows([workload["overlap"] for workload in table["workloads"]]),
             "",
-            f"Medians over {table['rounds']} rounds of the medians over {counted(table)} steps of a run. "
-            f"{provenance(table, results)}",
+            f"Medians over the rounds of the medians over {counted(table)} steps of each of the {total(cells)} runs; "
+            f"in brackets the rounds' least and largest. {provenance(table, results)}",
             "",
             f"![Who works when, at staleness 0 and 1]({figure})",
         ]
     )
+
+
+def total(cells: Sequence[Mapping[str, Any]]) -> int:
+    """Runs behind the tables."""
+    return sum(len(cell["rounds"]) for cell in cells)
 
 
 def counted(table: Mapping[str, Any]) -> int:
@@ -56,34 +71,41 @@ def share_row(cell: Mapping[str, Any]) -> str:
     return f"| {cell['title']} | {' | '.join(cells)} |"
 
 
-def overlap_rows(found: Mapping[str, Any]) -> list[str]:
-    """Step times against what they could be."""
-    longest, together = max(found["rollout"], found["learn"]), found["rollout"] + found["learn"]
+def overlap_rows(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Step times against what they could be, one column per workload."""
+
+    def row(name: str, value: Callable[[Mapping[str, Any]], str]) -> str:
+        return f"| {name} | {' | '.join(map(value, found))} |"
+
     return [
-        "| of a step, s | |",
-        "| --- | ---: |",
-        f"| the engine generates (staleness 0) | {found['rollout']:.2f} |",
-        f"| the rank does anything else (staleness 0) | {found['learn']:.2f} |",
-        f"| both, one after the other | {together:.2f} |",
-        f"| step at staleness 0 | {found['strict']:.2f} |",
-        f"| step at staleness 1 | {found['ahead']:.2f} |",
-        f"| the longer of the two: the least that overlap can reach | {longest:.2f} |",
-        f"| step at staleness 1 ÷ the longer | {with_range(found['ratio'])} |",
-        f"| of the shorter, hidden behind the longer | {with_range([100 * h for h in found['hidden']], 0)} % |",
+        row("the engine generates (staleness 0)", lambda one: f"{one['rollout']:.2f}"),
+        row("the rank does anything else (staleness 0)", lambda one: f"{one['learn']:.2f}"),
+        row("their sum", lambda one: f"{one['rollout'] + one['learn']:.2f}"),
+        row("step at staleness 0", lambda one: f"{one['strict']:.2f}"),
+        row("step at staleness 1", lambda one: f"{one['ahead']:.2f}"),
+        row("the longer of the two, the least possible", lambda one: f"{max(one['rollout'], one['learn']):.2f}"),
+        row("step at staleness 1 ÷ the longer", lambda one: with_range(one["ratio"])),
+        row("of the shorter, hidden behind the longer", lambda one: with_range(percents(one["hidden"]), 0, " %")),
     ]
 
 
-def with_range(values: Sequence[float], digits: int = 2) -> str:
+def percents(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
+
+
+def with_range(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """`median (least – largest)` over the rounds."""
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
+    return f"{median(values):.{digits}f}{unit} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 
 
 def summary(table: Mapping[str, Any], results: str) -> str:
     """The README's two lines."""
-    found = table["overlap"]
+    workload = table["workloads"][-1]
+    found, title = workload["overlap"], workload["title"]
     return (
-        f"**Generating ahead, measured.** With an engine on a core of its own, generating for {found['rollout']:.2f} s "
-        f"and training for {found['learn']:.2f} s, a step takes {found['strict']:.2f} s at staleness 0 and "
-        f"{found['ahead']:.2f} s at staleness 1: {with_range(found['ratio'])} times the longer of the two. A CPU shows "
-        f"the overlap, not a GPU's speed: [docs/throughput.md](docs/throughput.md). {provenance(table, results)}"
+        f"**Generating ahead, measured.** {title[0].upper()}{title[1:]}, a vLLM server on a core of its own: it "
+        f"generates for {found['rollout']:.2f} s, the rank trains for {found['learn']:.2f} s, and a step takes "
+        f"{found['strict']:.2f} s at staleness 0 and {found['ahead']:.2f} s at staleness 1, "
+        f"{with_range(found['ratio'])} times the longer of the two. A CPU shows the overlap, not a GPU's speed: "
+        f"[docs/throughput.md](docs/throughput.md). {provenance(table, results)}"
     )

@@ -8,7 +8,7 @@ Hugging Face name: summed in float32 and rounded once to the compute dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tcopd_fast.config import Config, nearest
 from tcopd_fast.config_sections import LoraConfig
 from tcopd_fast.errors import UserError
-from tcopd_fast.models import PackedCausalLM
 from tcopd_fast.scoring.lora import WEIGHTS
 from tcopd_fast.scoring.streamed import empty_model
 from tcopd_fast.scoring.weights import ResidentWeights
@@ -60,12 +59,18 @@ def check_targets(config: Config) -> None:
     lora = config.model.lora
     if lora is None or lora.target_modules == "all-linear":
         return
-    model = empty_model(config.model.path, config.model.dtype, config.model.attention, config.model.trust_remote_code)
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    check_names(
+        empty_model(config.model.path, config.model.dtype, config.model.attention, config.model.trust_remote_code),
+        lora,
+    )
+
+
+def check_names(model: nn.Module, lora: LoraConfig) -> None:
+    """Raises UserError for a target that is no linear layer of the model, naming those that there are."""
+    linear = linear_layers(model)
     valid = sorted({name.rpartition(".")[2] for name in linear})
     for target in lora.target_modules:
-        fitting = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
+        fitting = [name for name, _ in model.named_modules() if is_target(name, [target])]
         if not fitting or not set(fitting) <= set(linear):
             kind = "is no linear layer of the decoder" if fitting else "no layer of the student has this name"
             raise UserError(
@@ -74,14 +79,37 @@ def check_targets(config: Config) -> None:
             )
 
 
-def add_adapter(lm: PackedCausalLM, lora: LoraConfig, seed: int) -> None:
-    """Freeze the model and put a LoRA layer at every target, B zero and A drawn from `seed` alike on every rank."""
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """The layers that can have an adapter, by name: every linear one but the head."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def is_target(name: str, targets: Sequence[str]) -> bool:
+    """Whether peft puts an adapter on a layer of this name: it is a target, or ends in one."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def factor_sizes(model: nn.Module, lora: LoraConfig) -> tuple[int, ...]:
+    """Elements of A and of B for every target of a plain model, in its order. Raises UserError as `check_names`."""
+    if lora.target_modules != "all-linear":
+        check_names(model, lora)
+    adapted = [
+        layer
+        for name, layer in linear_layers(model).items()
+        if lora.target_modules == "all-linear" or is_target(name, lora.target_modules)
+    ]
+    return tuple(lora.rank * width for layer in adapted for width in (layer.in_features, layer.out_features))
+
+
+def add_adapter(model: Any, lora: LoraConfig, seed: int) -> None:
+    """Freeze a transformers model and put a LoRA layer at every target: B zero, A drawn from `seed` on every rank."""
     from peft import inject_adapter_in_model
 
     # The generator of this process stays as it was, so that nothing else depends on whether there is an adapter.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(peft_config(lora), lm.model, ADAPTER)
+        inject_adapter_in_model(peft_config(lora), model, ADAPTER)
 
 
 def peft_config(lora: LoraConfig, **more: Any) -> Any:

@@ -180,13 +180,13 @@ class VllmServerConfig(Section):
     gpus: list[list[NonNegativeInt]] = Field(default_factory=list)
     """GPU numbers of each engine, for example [[6], [7]]; needed on a machine with GPUs, and not the learner's."""
     start_timeout_s: PositiveFloat = 900.0
-    """An engine that does not answer for this long after its start is given up."""
+    """An engine that does not answer for this long after its start, or at a URL since it went down, is given up."""
     request_timeout_s: PositiveFloat = 1800.0
     """A response that takes longer means that its engine hangs: it is killed and started again."""
     bucket_bytes: PositiveInt = 256 << 20
     """Weights travel to the engines in pieces of this size."""
     max_restarts: NonNegativeInt = 5
-    """Engines started again in one run before it stops."""
+    """Engines started again in one run before it stops; with `urls`, how often the trainer may wait for some again."""
     options: str = ""
     """More options for vLLM's server, as on its command line; they win."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -57,9 +58,9 @@ def read_options(options: str, ranks: int | None) -> Launcher:
         )
     if ranks is not None:
         raise UserError("--ranks: the hostfile says how many ranks each machine has (slots=N); leave --ranks out")
-    lines = Path(known.hostfile).read_text(encoding="utf-8").splitlines()
-    slots = [line.partition("slots=")[2].split()[:1] for line in lines if not line.lstrip().startswith("#")]
-    return Launcher(sum(int(n) for [n] in slots if n.isdecimal()) or 1, words, known.node_rank == 0)
+    # Names, counts and what is wrong with a line are the launcher's business.
+    slots = re.findall(r"^[^#\n]*\sslots=(\d+)", Path(known.hostfile).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return Launcher(sum(map(int, slots)) or 1, words, known.node_rank == 0)
 
 
 def default_ranks() -> int:

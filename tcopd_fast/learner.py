@@ -68,12 +68,16 @@ class Learner:
                 liger=config.model.liger,
             )
         if config.model.lora is not None:
-            add_adapter(lm, config.model.lora, config.seed)
+            add_adapter(lm.model, config.model.lora, config.seed)
         if config.model.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lm.train()
+        trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+        if config.model.lora is not None:
+            # DeepSpeed's buffers for the gradients under way are else made for 500 million weights.
+            settings["zero_optimization"]["reduce_bucket_size"] = sum(p.numel() for p in trained)
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in lm.parameters() if parameter.requires_grad],
+            trained,
             lr=config.learner.lr,
             betas=config.learner.betas,
             eps=config.learner.eps,
@@ -261,7 +265,6 @@ class Learner:
         if path is None:
             raise UserError(f"checkpoint {folder}: incomplete; delete it to resume from the one before")
         self.steps_taken = state["tcopd"]["steps_taken"]
-
 
     def _load_module(self, src: dict[str, Tensor], dst: PackedCausalLM) -> None:
         """What DeepSpeed calls with a checkpoint's tensors; only frozen ones may be missing. Raises RuntimeError."""

@@ -12,9 +12,10 @@ on them as well as their system clocks do.
 tracks: spans [stage, from, to], in seconds since `start`; those of a track ascend and do not overlap. A rank's spans
 name the stages of `clock.STAGES`, the innermost where stages nest. An engine in a process of its own has "generate":
 it had at least one request under way and its weights were not being exchanged; a fourth number counts the tokens of
-the responses that ended in the span. Engines' spans begin where the line before ended, thus before 0 when engines
-generated between the steps (evaluation, or batches ahead while a checkpoint is saved). An engine without requests has
-an empty list; in-process engines have no track, they generate in their rank's "rollout".
+the responses that came back in the span (or in the exchange after it). Engines' spans begin where the line before
+ended, thus before 0 when engines generated between the steps (evaluation, or batches ahead while a checkpoint is
+saved). An engine without requests has an empty list; in-process engines have no track, they generate in their rank's
+"rollout".
 tokens: over all ranks. rollout: response tokens of the step's batch; scoring: tokens of prompts and responses, counted
 once for every frozen model that scored them and once where the learner gave log π_old beforehand; learner: tokens of
 prompts and responses times `learner.epochs`.
@@ -53,9 +54,9 @@ def epoch_seconds() -> float:
     return _EPOCH + time.perf_counter()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
-    """One stage from `start` to `end`, seconds since the epoch. tokens: of the responses that ended in it (engines)."""
+    """One stage from `start` to `end`, seconds since the epoch. tokens: of the responses that came back in it."""
 
     stage: str
     start: float

@@ -1,4 +1,4 @@
-"""A program for launchers to start: every rank writes what it knows of the others to FOLDER/RANK.json (the last word)."""
+"""A program for launchers to start: every rank writes what it knows of the others to RANK.json in a folder."""
 
 from __future__ import annotations
 

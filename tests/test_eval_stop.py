@@ -54,7 +54,7 @@ def score(run_dir: Path, step: int) -> float | None:
     return json.loads((checkpoint_dir(run_dir, step) / "manifest.json").read_text())["score"]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["1 rank", "2 ranks"])
 def whole(tiny, tmp_path_factory, request) -> tuple[Path, int]:
     """A run that nothing happened to, and its number of ranks."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"

@@ -18,6 +18,7 @@ from test_faults import steps_logged
 from tcopd_fast.checkpoints import checkpoint_steps
 from tcopd_fast.cli import main
 from tcopd_fast.dist import free_port
+from tcopd_fast.launcher import Launcher, read_options
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +117,15 @@ def test_a_config_error_is_said_once_under_the_launcher(tiny, tmp_path):
     meeting = ["--num_accelerators", "2", "--master_port", str(free_port())]
     process = start([*DEEPSPEED, *meeting, "--module", "tcopd_fast.train", "--config", config], log)
     assert process.wait(60) != 0 and log.read_text().count("zero_stge: unknown key") == 1
+
+
+def test_a_hostfiles_ranks_are_counted(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# two machines\nnode0 slots=8\n\nnode1   slots=4 # smaller\n#node2 slots=8\n")
+    for node, first in ((0, True), (1, False)):
+        words = f"-H {hosts} --no_ssh --node_rank={node}"
+        assert read_options(words, None) == Launcher(12, words.split(), first)
+    assert read_options("--bind_cores_to_rank", 3).words[-1] == "--bind_cores_to_rank"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ interpreter._implicit_cvt = lambda value: (
 import liger_kernel.ops.rms_norm
 liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.rsqrt(x)
 """
-MODELS = SHIM + """
+MODELS = (
+    SHIM
+    + """
 import sys, torch
 from tcopd_fast.models import load_causal_lm
 from tcopd_fast.packing import pack
@@ -64,6 +66,7 @@ assert "LigerRMSNorm" in {m._get_name() for layer in streamed.layers for m in la
 torch.testing.assert_close(streamed.logprobs([tokens], temperature=0.7)[0].logprob, found, atol=1e-6, rtol=0)
 print("equal")
 """
+)
 RUN = SHIM + "from tcopd_fast.train import main; sys.exit(main(sys.argv[1:]))"
 
 

@@ -135,9 +135,7 @@ def test_engines_get_the_sum_of_base_and_adapter(tiny, tmp_path, stage, dtype, s
     """float32: logprobs within 2e-5 of the learner's. bfloat16: the sums are rounded once more (0.05 nats here)."""
     tree = lora_tree(tiny, tmp_path / "run", {"dtype": dtype}, learner={"zero_stage": stage, "lr": 0.05})
     results = on_learner(inspect, tree, tmp_path / "ranks", size)
-    count = sum(
-        4 * (p.shape[0] + p.shape[1]) for name, p in weights(tiny.student).items() if "_proj" in name
-    )
+    count = sum(4 * (p.shape[0] + p.shape[1]) for name, p in weights(tiny.student).items() if "_proj" in name)
     one = results[0]
     assert all(".lora_A." in name or ".lora_B." in name for name in one["trained"])
     assert len(one["trained"]) == 2 * 14
@@ -268,8 +266,9 @@ def parameters_of(learner, world, config, inputs):
 @pytest.mark.parametrize(
     ("targets", "problem"),
     [
-        (["q_proj", "up_prj"], "target_modules: up_prj: no layer of the student has this name; give all-linear or some "
-                               "of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; did you mean up_proj"),
+        (["q_proj", "up_prj"],
+         "target_modules: up_prj: no layer of the student has this name; give all-linear or some of down_proj, "
+         "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; did you mean up_proj"),
         (["embed_tokens"], "embed_tokens: is no linear layer of the decoder"),
         (["lm_head"], "lm_head: is no linear layer of the decoder"),
         (["mlp"], "mlp: is no linear layer of the decoder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 
@@ -46,7 +47,34 @@ def test_meter_counts_no_time_while_weights_are_exchanged():
             end = epoch_seconds()
         time.sleep(0.01)
     first, second = meter.drain(epoch_seconds())["engine 0"]
-    assert first.end <= start and second.start >= end and (first.tokens, second.tokens) == (0, 3)
+    assert first.end <= start and second.start >= end and (first.tokens, second.tokens) == (3, 0)
+
+
+def test_tokens_that_come_after_their_span_was_handed_out_go_with_the_next():
+    meter = Meter()
+    with meter.request(0):
+        time.sleep(0.005)
+        with meter.held():
+            (first,) = meter.drain(epoch_seconds())["engine 0"]
+            meter.returned(0, 3)
+        time.sleep(0.005)
+    (second,) = meter.drain(epoch_seconds())["engine 0"]
+    assert (first.tokens, second.tokens) == (0, 3)
+
+
+def test_a_request_that_begins_during_an_exchange_counts_from_its_end():
+    meter = Meter()
+    with contextlib.ExitStack() as request:
+        with meter.held():
+            request.enter_context(meter.request(0))
+            held = epoch_seconds()
+        after = epoch_seconds()
+        time.sleep(0.01)
+    (only,) = meter.drain(epoch_seconds())["engine 0"]
+    assert held <= only.start <= after and only.end - after >= 0.01
+    with meter.held(), meter.request(0):
+        time.sleep(0.01)
+    assert meter.drain(epoch_seconds()) == {"engine 0": []}
 
 
 def test_meter_under_many_threads_loses_no_token():

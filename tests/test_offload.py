@@ -53,7 +53,8 @@ def test_offload_does_not_change_what_is_learnt(tiny, tmp_path):
     assert difference(plain, AutoModelForCausalLM.from_pretrained(tiny.student).state_dict()) > 0.01
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/git").symlink_to(shutil.which("git"))
-    no_compiler = {"PATH": str(tmp_path / "bin"), "CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+    no_compiler = {"PATH": str(tmp_path / "bin"), "CXX": "/nonexistent"}
+    no_compiler["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "built")
     for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer_and_weights")):
         name = f"zero{stage}_{offload}"
         learner = {"zero_stage": stage, "offload": offload}

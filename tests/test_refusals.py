@@ -39,7 +39,7 @@ def test_the_same_keys_elsewhere_and_typing_errors_are_unknown_keys():
 def test_every_refused_option_is_found_in_every_form(form):
     for name in SERVER_OPTIONS:
         for spelling in (name, name.replace("-", "_")):
-            with pytest.raises(ValueError, match="rollout.vllm.server.options: --.* is refused: "):
+            with pytest.raises(ValueError, match=r"rollout\.vllm\.server\.options: --.* is refused: "):
                 check_server_options(form.format(spelling))
 
 

@@ -29,9 +29,11 @@ from tcopd_fast.dist import free_port
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import load_model_config
 from tcopd_fast.rollout.remote import RemoteFleet
+from tcopd_fast.rollout.requests import PATH, Dispatcher, Request, Ticket
 from tcopd_fast.rollout.serve import introduction
 from tcopd_fast.rollout.server_command import EngineSpec, command
 from tcopd_fast.rollout.vllm_plugin import shape_of
+from tcopd_fast.types import Prompt
 
 URL = "http://10.0.0.2:8100"
 
@@ -168,6 +170,29 @@ def test_an_engine_that_stays_away_ends_the_run_with_its_url(tiny):
     fleet.restart([0])
     with pytest.raises(UserError, match=rf"failed more than 1 times .*last {here.url}"):
         fleet.restart([0])
+
+
+def test_what_a_restarted_engine_samples_before_it_gets_weights_is_asked_again(tiny):
+    """Its disk's weights have no number: the answer is not taken and the engine counts as down."""
+    engine = FakeEngine([])
+    choice = {"token_ids": [5], "logprobs": {"content": [{"token_id": 5, "logprob": -1.0}]}, "finish_reason": "stop"}
+    engine.answers[PATH] = lambda: {"choices": [choice | {"weight_versions": [{"version": engine.version}]}]}
+    dispatcher, ticket = Dispatcher(10.0), Ticket()
+    prompt = Prompt("p", "math", (4,), "", None, "")
+    dispatcher.use([engine.url])
+    try:
+        dispatcher.submit(ticket, [Request((0, 0), prompt, 0, {})])
+        ticket.wait()
+        assert [request.prompt for request in ticket.lost] == [prompt] and not ticket.ready(0)
+        assert "which are not the learner's" in dispatcher.down[0]
+        engine.version = "3"
+        dispatcher.use([engine.url])
+        dispatcher.submit(ticket, ticket.lost)
+        ticket.wait()
+        [answer] = ticket.ready(0)
+        assert (answer.token_ids, answer.version) == ((5,), 3)
+    finally:
+        dispatcher.close()
 
 
 @pytest.fixture

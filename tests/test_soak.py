@@ -96,6 +96,13 @@ def test_a_short_life_is_not_judged():
         flatness([])
 
 
+def test_what_follows_the_last_step_does_not_count():
+    """Of a long evaluation after it most samples are taken."""
+    trained = life(lambda step: 700)
+    evaluating = [Sample(30 + i, 60, 900 * MB, 450 * MB) for i in range(40)]
+    assert flatness(trained + evaluating).change == pytest.approx(0.0, abs=0.01)
+
+
 def test_theil_sen_ignores_outliers():
     points = [(float(x), 2.0 * x + 1) for x in range(20)]
     points[3] = (3.0, 1e6)
@@ -188,7 +195,7 @@ def test_the_block_tells_every_fault_and_life(data, tmp_path):
     block = markdown(table, "soak.svg", "../bench/results/soak.json")
     assert block.count("| 12.5 s |") == len(data["faults"]) and "Everything below held." in block
     assert "exit 1; resumed after step" in block and "3 steps done again; the damaged one was named" in block
-    assert block.count("| yes |") == 3 and "`python bench/soak.py --out runs/soak`" in block
+    assert block.count("% | yes |") == 3 and "`python bench/soak.py --out runs/soak`" in block
     [file] = draw(table, tmp_path / "soak.svg")
     assert file.read_text().count("<path") > 20
 

@@ -18,11 +18,13 @@ import throughput  # noqa: E402
 from table1_report import link_from  # noqa: E402
 from throughput_figure import draw  # noqa: E402
 from throughput_plan import (  # noqa: E402
-    CELLS,
+    AHEAD,
     CONFIG,
     ROUNDS,
     STEPS,
+    STRICT,
     WARM_UP_STEPS,
+    WORKLOADS,
     numbers,
     over_rounds,
     overlap,
@@ -93,41 +95,41 @@ def test_rounds_are_summarised_by_medians():
     assert over_rounds(rounds) == {"step_s": 2.0, "shares": {"scoring": pytest.approx(0.2)}}
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_every_cell_is_a_configuration_with_the_same_work(cell, tmp_path):
-    config = load_config(CONFIG, overrides(cell, tmp_path, STEPS))
-    first = load_config(CONFIG, overrides(CELLS[0], tmp_path, STEPS))
-    assert config.learner == first.learner and config.objective == first.objective
-    assert config.rollout.prompts_per_step == first.rollout.prompts_per_step
-    assert (config.rollout.vllm.mode == "server") == cell.apart and config.steps == STEPS
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_every_cell_is_a_configuration_with_the_same_work(workload, tmp_path):
+    found = []
+    for cell in workload.cells:
+        config = load_config(CONFIG, overrides(workload, cell, tmp_path, tmp_path / "models", STEPS))
+        assert (config.rollout.vllm.mode == "server") == cell.apart and config.steps == STEPS
+        engine = {"engine", "staleness", "vllm"}
+        found.append((config.model, config.learner, config.objective, config.rollout.model_dump(exclude=engine)))
+    assert all(one == found[0] for one in found)
+    assert STRICT in workload.cells and AHEAD in workload.cells
+    assert str(found[0][0].path).startswith("miniature:" if workload.shape is None else str(tmp_path / "models"))
 
 
 @pytest.fixture
 def table() -> dict:
-    cells = []
-    for cell in CELLS:
-        steps = run(ahead_step if cell.name in ("server_1", "server_2") else strict_step)
-        rounds = [numbers(steps)] * ROUNDS
-        if not cell.apart:
-            rounds = [{**one, "shares": {**one["shares"], "generate": 0.0}} for one in rounds]
-        cells.append({"name": cell.name, "title": cell.title, "rounds": rounds, "median": over_rounds(rounds),
-                      "timeline": [step.record() for step in steps[4:7]]})  # fmt: skip
-    by_name = {cell["name"]: cell["rounds"] for cell in cells}
+    runs = {
+        (workload.name, cell.name): [run(ahead_step if cell is AHEAD else strict_step)] * workload.rounds
+        for workload in WORKLOADS
+        for cell in workload.cells
+    }
     return {
         "command": "python bench/throughput.py --out runs/throughput", "rounds": ROUNDS, "steps": STEPS,
         "environment": {"git_sha": "a" * 40, "device": "CPU: test", "versions": {"python": "3.11"},
                         "started": "2026-01-02T03:04:05Z"},
-        "warm_up_steps": WARM_UP_STEPS, "cells": cells,
-        "overlap": vars(overlap(by_name["server_0"], by_name["server_1"])),
+        "warm_up_steps": WARM_UP_STEPS,
+        "workloads": [throughput.workload_record(workload, runs, STEPS) for workload in WORKLOADS],
     }  # fmt: skip
 
 
 def test_tables_figure_and_summary_say_what_was_measured(table, tmp_path):
     block = markdown(table, "t.svg", "../bench/results/throughput.json")
     assert "| vllm, server, staleness 0 | 2.00 | 500 | 1,111 | 15,000 | 6,667 |" in block
-    assert "| vllm, server, staleness 0 | 45 % | 50 % | 20 % |" in block and "| hf | in rollout | 50 % |" in block
-    assert "| step at staleness 1 ÷ the longer | 1.10 (1.10 – 1.10) |" in block
-    assert "| of the shorter, hidden behind the longer | 100 (100 – 100) % |" in block
+    assert block.count("| vllm, server, staleness 0 | 45 % | 50 % | 20 % |") == 2
+    assert "| step at staleness 1 ÷ the longer | 1.10 (1.10 – 1.10) | 1.10 (1.10 – 1.10) |" in block
+    assert "| of the shorter, hidden behind the longer | 100 % (100 – 100) | 100 % (100 – 100) |" in block
     assert "a step takes 2.00 s at staleness 0 and 1.10 s at staleness 1" in summary(table, "r.json")
     [file] = draw(table, tmp_path / "t.svg")
     assert file.read_text().count("<path") > 20
@@ -140,10 +142,11 @@ def test_the_documents_are_what_the_json_says():
         return
     table = json.loads(RESULTS.read_text())
     assert table["rounds"] >= ROUNDS and table["steps"] >= STEPS and "/work" not in json.dumps(table)
-    rounds = {cell["name"]: cell["rounds"] for cell in table["cells"]}
-    assert {cell["name"]: cell["median"] for cell in table["cells"]} == {n: over_rounds(r) for n, r in rounds.items()}
-    again = json.loads(json.dumps(vars(overlap(rounds["server_0"], rounds["server_1"]))))
-    assert table["overlap"] == again
+    for workload in table["workloads"]:
+        rounds = {cell["name"]: cell["rounds"] for cell in workload["cells"]}
+        assert all(cell["median"] == over_rounds(cell["rounds"]) for cell in workload["cells"])
+        again = vars(overlap(rounds[STRICT.name], rounds[AHEAD.name]))
+        assert workload["overlap"] == json.loads(json.dumps(again))
     assert blocks[0] == markdown(table, link_from(DOC, RESULTS.with_suffix(".svg")), link_from(DOC, RESULTS))
     assert blocks[1] == summary(table, link_from(README, RESULTS))
 

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -177,6 +178,9 @@ def test_in_process_engines_take_turns_with_the_rest():
     used = use(TAKING_TURNS)
     assert (used.generating, used.working, used.both, used.engine_busy) == (4, 5.5, 0, 4)
     assert used.over_ideal == pytest.approx(10 / 5.5)
+    # A rank that is ahead of another one hides nothing: each generates for itself.
+    uneven = use(step_of({"rank 0": spans(("rollout", 0, 4)), "rank 1": spans(("rollout", 0, 2), ("scoring", 2, 4))}))
+    assert (uneven.generating, uneven.working, uneven.both, uneven.engine_busy) == (4, 2, 0, 3)
     assert math.isnan(use(step_of({"rank 0": []})).over_ideal)
 
 
@@ -263,22 +267,29 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 
 def test_trace_has_a_row_per_rank_and_engine_in_microseconds(tmp_path, capsys):
-    write(tmp_path, numbered(1, 2))
-    assert cli.main(["trace", str(tmp_path)]) == 0
+    run_dir = tmp_path / "some run"
+    steps = numbered(1, 2)
+    write(run_dir, [*steps, replace(steps[1], step=3, start=300.0, end=310.0, tracks={"rank 10": [], "rank 2": []})])
+    assert cli.main(["trace", str(run_dir)]) == 0
     assert "trace.json" in capsys.readouterr().out
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    rows = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert rows == {(0, 0): "steps", (1, 0): "rank 0", (1, 1): "rank 1", (2, 0): "engine 0", (2, 1): "engine 1"}
-    groups = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert groups == {0: "steps", 1: "ranks", 2: "rollout engines"}
-    complete = [e for e in events if e["ph"] == "X"]
-    assert len(complete) == 2 * (1 + 5 + 5 + 2 + 1) and min(e["ts"] for e in complete) == 0
-    (scoring,) = (
-        e for e in complete if (e["pid"], e["tid"], e["name"]) == (1, 1, "scoring") and e["args"]["step"] == 2
-    )
-    assert (scoring["ts"], scoring["dur"]) == (104_000_000, 2_000_000)
-    for row in rows:
-        own = sorted((e["ts"], e["ts"] + e["dur"]) for e in complete if (e["pid"], e["tid"]) == row)
+    events = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
+    assert {e["pid"] for e in events} == {1} and {e["ph"] for e in events} == {"M", "X"}
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["some run"]
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    order = {e["tid"]: e["args"]["sort_index"] for e in events if e["name"] == "thread_sort_index"}
+    assert [rows[tid] for tid in sorted(rows, key=order.__getitem__)] == [
+        "steps", "rank 0", "rank 1", "rank 2", "rank 10", "engine 0", "engine 1"
+    ]  # fmt: skip
+    spans = [e for e in events if e["ph"] == "X"]
+    assert len(spans) == 2 * (1 + 5 + 5 + 2 + 1) + 1 and min(e["ts"] for e in spans) == 0
+    scoring = [e for e in spans if rows[e["tid"]] == "rank 1" and e["name"] == "scoring"]
+    # Engine 0 began two seconds before the first step.
+    assert [(e["ts"], e["dur"], e["args"]) for e in scoring] == [
+        (4_000_000, 2_000_000, {"step": 1}), (104_000_000, 2_000_000, {"step": 2})
+    ]  # fmt: skip
+    assert next(e["args"] for e in spans if rows[e["tid"]] == "engine 1") == {"step": 1, "tokens": 300}
+    for tid in rows:
+        own = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == tid)
         assert all(a[1] <= b[0] for a, b in pairwise(own))
 
 

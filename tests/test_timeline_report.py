@@ -126,13 +126,13 @@ def test_many_ranks_are_cut_and_counted(tmp_path: Path) -> None:
     assert "24 more not shown." in page
 
 
-def test_the_median_step_and_its_neighbours() -> None:
+def test_steps_of_about_median_length_are_drawn() -> None:
     def steps(*lengths: float) -> list[int]:
         line = [at(OVERLAPPED, number, 0, length / 10) for number, length in enumerate(lengths, start=1)]
         return [step.step for step in steps_shown(line)]
 
-    assert steps(90, 1, 9, 5, 8, 2) == [3, 4, 5]
-    assert steps(90, 5, 1, 9) == [2, 3, 4]
+    assert steps(90, 5, 60, 5, 4, 6, 1, 1, 5) == [4, 5, 6]
+    assert steps(90, 5, 5, 5, 5) == [2, 3, 4]
     assert steps(90, 1, 9, 5) == [2, 3, 4]
     assert steps(90, 1) == [2] and steps(90) == [1]
 

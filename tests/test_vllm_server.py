@@ -21,6 +21,7 @@ from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import load_causal_lm, load_tokenizer, resolve_path
 from tcopd_fast.packing import pack
+from tcopd_fast.timeline import load
 from tcopd_fast.types import Prompt, Rollout
 
 pytestmark = [
@@ -128,16 +129,16 @@ def test_a_partial_batch_carries_its_slowest_on_with_the_logprobs_of_the_weights
     from tcopd_fast.rollout.ahead import Ahead
 
     config = RolloutConfig(
-        engine="vllm", samples_per_prompt=4, max_new_tokens=NEW_TOKENS, staleness=1, partial_share=0.4
+        engine="vllm", samples_per_prompt=4, max_new_tokens=NEW_TOKENS, staleness=1, partial_share=0.8
     )
     engine.load_weights(Checkpoint("miniature:base"), 4)
     # As at step 4 of a run, whose samples may be of version 3 or newer.
-    ahead = Ahead(engine, config, lambda step: prompts * 20 if step == 4 else prompts, lambda step: step, steps=6)
+    ahead = Ahead(engine, config, lambda step: prompts * 60 if step == 4 else prompts, lambda step: step, steps=6)
     first = ahead.take(4, lambda rollout: None)
-    assert 192 <= len(first) < 320 and {r.version for r in first} == {4}
+    assert 192 <= len(first) < 960 and {r.version for r in first} == {4}
     engine.load_weights(Checkpoint("miniature:expert"), 5)
     rest = ahead.take(5, lambda rollout: None)
-    assert len(first) + len(rest) == 320 + 16 and ahead.metrics(5)["rollout/dropped_stale"] == 0
+    assert len(first) + len(rest) == 960 + 16 and ahead.metrics(5)["rollout/dropped_stale"] == 0
     carried = [r for r in rest if r.version == 4]
     mixed = 0
     for rollout, base, expert in zip(
@@ -214,6 +215,12 @@ def test_a_run_generates_ahead_and_survives_its_engine(tmp_path):
         assert row["batch/tokens"] > 24 and abs(row["loss/mismatch_weight_mean"] - 1) < 0.2
     assert any(row["rollout/version"] == row["step"] - 2 for row in rows)
     assert not psutil.pid_exists(group)
+    steps = load(tmp_path / "run")
+    assert all(list(step.tracks) == ["rank 0", "rank 1", "engine 0"] for step in steps)
+    # Every response is trained on, and the engine's track counts each once, whichever rank asked for it.
+    returned = sum(span.tokens for step in steps for span in step.tracks["engine 0"])
+    assert returned == sum(row["batch/tokens"] for row in rows)
+    assert any(row["rollout/overlap_share"] for row in rows)
 
 
 def test_engines_end_with_the_trainer(tmp_path):

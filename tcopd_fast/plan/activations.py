@@ -21,6 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from tcopd_fast.adapter import ADAPTER, add_adapter
+from tcopd_fast.config_sections import LoraConfig
+from tcopd_fast.errors import UserError
 from tcopd_fast.models import DTYPES
 from tcopd_fast.plan.head import HeadBytes, loss_head
 from tcopd_fast.plan.shapes import Shape
@@ -88,18 +91,23 @@ def learn_bytes(
     checkpointing: bool,
     head: HeadBytes,
     kept_per_gradient: int,
+    lora: str | None = None,
 ) -> LearnBytes:
     """Forward, loss and backward over one packed row of `tokens`, of which `predicted` take part in the loss.
 
-    kept_per_gradient: bytes that stay for every element of a finished parameter's gradient.
+    kept_per_gradient: bytes that stay for every element of a finished parameter's gradient. lora: the section
+    model.lora as JSON; then only the adapter has gradients. Raises UserError when that takes peft and it is missing.
     """
+    adapted = None if lora is None else _adapted(shape, LoraConfig.model_validate_json(lora))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _model(shape, dtype)
+        if adapted is not None:
+            _graft(model, adapted, DTYPES[dtype])
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         with LiveBytes(model) as counter:
-            for parameter in model.parameters():
+            for parameter in [p for p in model.parameters() if p.requires_grad]:
                 parameter.register_post_accumulate_grad_hook(_finished(counter, kept_per_gradient))
             hidden_ND = _hidden(model, tokens).index_select(0, torch.arange(predicted))
             loss = loss_head(hidden_ND, model.get_output_embeddings().weight, head)
@@ -118,6 +126,29 @@ def forward_bytes(shape: Shape, dtype: str, tokens: int, predicted: int) -> int:
         with LiveBytes(model) as counter:
             _hidden(model, tokens).index_select(0, torch.arange(predicted))
             return counter.peak
+
+
+def _adapted(shape: Shape, lora: LoraConfig) -> Any:
+    """The model with peft's layers, without values."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape.config)
+        try:
+            add_adapter(model, lora, seed=0)
+        except ImportError as error:
+            raise UserError("model.lora: planning it needs the package peft, which is not installed") from error
+    return model
+
+
+def _graft(model: Any, adapted: Any, dtype: torch.dtype) -> None:
+    """Freeze `model` and give it the LoRA layers of `adapted`: peft cannot make them of tensors without storage."""
+    model.requires_grad_(False)
+    layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "lora_A")}
+    for name, layer in layers.items():
+        layer.base_layer = model.get_submodule(name)
+        for factor in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            factor.weight = nn.Parameter(torch.empty(factor.weight.shape, dtype=dtype))
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer)
 
 
 def _finished(counter: LiveBytes, kept: int) -> Callable[[Tensor], None]:

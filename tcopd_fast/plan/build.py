@@ -11,7 +11,7 @@ from tcopd_fast.models import DTYPES
 from tcopd_fast.plan.devices import Cluster, Speed
 from tcopd_fast.plan.memory import memory_of
 from tcopd_fast.plan.recommend import Placed, Remedy, place, remedies
-from tcopd_fast.plan.shapes import Shape
+from tcopd_fast.plan.shapes import Shape, student_shape
 from tcopd_fast.plan.timing import Cost, step_costs
 from tcopd_fast.plan.workload import Frozen, Workload, frozen_models, shapes_of, workload_of
 
@@ -57,7 +57,7 @@ def make_plan(
             "raise it"
         )
     shapes = shapes_of(config, folders or {})
-    student = shapes[config.model.path]
+    student = student_shape(shapes[config.model.path], config.model.lora)
     work = workload_of(config, cluster.ranks, prompt, response)
     frozen = frozen_models(config, shapes, teachers)
     placed = place(config, student, frozen, work, cluster)

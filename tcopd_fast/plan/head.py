@@ -52,11 +52,13 @@ class _LossHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: HeadBytes) -> Tensor:
         summed = torch.float32 if head.accumulator == 4 else weight.dtype
         workspace = hidden.new_empty(head.workspace, dtype=torch.uint8)
-        grads = [tensor.new_empty(tensor.shape, dtype=summed) for tensor in (hidden, weight)]
+        wanted = [tensor for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False) if needed]
+        grads = [tensor.new_empty(tensor.shape, dtype=summed) for tensor in wanted]
         del workspace
         ctx.save_for_backward(*[grad.to(weight.dtype) for grad in grads])
         return hidden.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.saved_tensors, None)
+        grads = iter(ctx.saved_tensors)
+        return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None)

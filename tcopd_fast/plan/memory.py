@@ -70,6 +70,7 @@ def memory_of(config: Config, student: Shape, frozen: Sequence[Frozen], work: Wo
         cluster.ranks,
         accumulating=work.microbatches > 1,
         on_cpu=cluster.on_cpu,
+        offload=config.learner.offload,
     )
     learn = _learner_bytes(config, student, work, zero, cluster)
     learner = {f"learner: {name}": size for name, size in zero.held.items()}
@@ -100,7 +101,8 @@ def memory_of(config: Config, student: Shape, frozen: Sequence[Frozen], work: Wo
         held=learner | engine_held | frozen_held,
         stages={name: {k: v for k, v in parts.items() if v} for name, parts in stages.items()},
         reserve=0 if cluster.on_cpu else CONTEXT_BYTES,
-        host=_host_bytes(config, frozen, cluster),
+        host={f"learner: {name}": size * cluster.ranks_here for name, size in zero.host.items()}
+        | _host_bytes(config, frozen, cluster),
     )
 
 
@@ -119,6 +121,7 @@ def _learner_bytes(config: Config, student: Shape, work: Workload, zero: ZeroByt
         checkpointing=config.model.gradient_checkpointing,
         head=head_bytes(predicted, student.vocab, student.hidden, dtype, cluster.on_cpu),
         kept_per_gradient=zero.per_gradient,
+        lora=None if config.model.lora is None else config.model.lora.model_dump_json(),
     )
 
 
@@ -178,6 +181,10 @@ def _scoring_bytes(
         else:
             trip = work.packed(work.trip_budget)
             parts["hidden states of a trip"] = trip * model.shape.hidden * model.itemsize
+            if model.placement == "student":
+                # The learner's own layers, where they are.
+                moments.append(parts)
+                continue
             if model.placement == "lora":
                 held[f"{name}: factors"] = model.nbytes
             if model.placement in ("delta", "lora"):

@@ -141,6 +141,8 @@ def _changes(config: Config, student: Shape, work: Workload, cluster: Cluster) -
 
     offer("model", "gradient_checkpointing", True)
     offer("learner", "zero_stage", 3)
+    if config.learner.offload == "none":
+        offer("learner", "offload", "optimizer")
     offer("learner", "max_tokens_per_microbatch", shortest)
     offer("scoring", "max_tokens_per_forward", score)
     if config.rollout.engine == "vllm":

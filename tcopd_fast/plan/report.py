@@ -12,6 +12,8 @@ from tcopd_fast.plan.workload import Frozen
 from tcopd_fast.report.text import seconds
 from tcopd_fast.scoring import REFERENCE
 
+STREAMED = ("offload", "delta", "lora", "student")
+
 
 def plan_text(plan: Plan, title: str, gpu: str) -> str:
     """The whole report. Sizes in GB (10⁹ bytes)."""
@@ -20,7 +22,7 @@ def plan_text(plan: Plan, title: str, gpu: str) -> str:
         f"PREDICTION for {title}: {cluster.ranks} × {gpu}, {gb(cluster.memory)} GB each. Nothing was run.",
         f"student: {plan.student.weights / 1e6:,.1f} million weights, {plan.student.layers} layers; "
         f"{len(placed.frozen)} frozen models; {plan.config.model.dtype}, ZeRO {plan.config.learner.zero_stage}, "
-        f"gradient checkpointing {'on' if plan.config.model.gradient_checkpointing else 'off'}",
+        f"gradient checkpointing {'on' if plan.config.model.gradient_checkpointing else 'off'}{_trained(plan)}",
         f"a step, on one rank: {work.sequences} sequences of {work.prompt:g} + {work.response:g} tokens; forwards of "
         f"up to {work.microbatch} tokens in the learner, {work.packed(work.scoring_budget)} in scoring",
         "",
@@ -38,6 +40,13 @@ def plan_text(plan: Plan, title: str, gpu: str) -> str:
         *(f"  looked at {words}: {gb(peak)} GB" for words, peak in placed.tried),
     ]
     return "\n".join([*lines, "", *_advice(plan)])
+
+
+def _trained(plan: Plan) -> str:
+    """What of the student is trained and where its optimizer lives, where that is not the usual."""
+    offload = plan.config.learner.offload
+    adapter = f", LoRA adapter of {plan.student.trained / 1e6:,.1f} million weights" if plan.student.adapter else ""
+    return adapter + (f", offload {offload}" if offload != "none" else "")
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
@@ -62,9 +71,7 @@ def _placement_rows(plan: Plan) -> list[list[str]]:
     rows = [["model", "weights, GB", "placement", "tokens of a pass", "fetching takes less than computing"]]
     for model in plan.placed.frozen:
         cost = plan.costs[f"scoring: {', '.join(model.roles)}"]
-        passed = plan.work.packed(
-            plan.work.trip_budget if model.placement in ("offload", "delta", "lora") else plan.work.scoring_budget
-        )
+        passed = plan.work.packed(plan.work.trip_budget if model.placement in STREAMED else plan.work.scoring_budget)
         hidden = "–"
         if cost.break_even:
             hidden = f"{'yes' if cost.bound == 'compute' else 'no'}: from {cost.break_even} tokens on"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tcopd_fast.adapter import factor_sizes
+from tcopd_fast.config_sections import LoraConfig
 from tcopd_fast.errors import UserError
 from tcopd_fast.models import load_model_config, text_config
 
@@ -18,7 +20,8 @@ class Shape:
     """Numbers of weights and widths of one causal language model. Tied weights count once.
 
     config: transformers' configuration object, text: the same as JSON. tensors: elements of every parameter, in the
-    model's order. layer: the largest decoder layer. head, embedding: V·D each, one tensor when tied.
+    model's order. adapter: elements of every LoRA factor that a student trains beside them, if it does. layer: the
+    largest decoder layer. head, embedding: V·D each, one tensor when tied.
     """
 
     config: Any = field(compare=False)
@@ -34,10 +37,16 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    adapter: tuple[int, ...] = ()
+
+    @property
+    def trained(self) -> int:
+        """Weights that a student of this shape trains: its adapter's, or without one all."""
+        return sum(self.adapter) or self.weights
 
     @property
     def weights(self) -> int:
-        """Parameters of the model."""
+        """Parameters of the model, without an adapter."""
         return sum(self.tensors)
 
     @property
@@ -58,6 +67,14 @@ class Shape:
 def read_shape(path: str, trust_remote_code: bool = False) -> Shape:
     """The shape of a folder, hub id or miniature:NAME. Raises UserError when its config.json cannot be read."""
     return shape_of(load_model_config(path, trust_remote_code))
+
+
+def student_shape(shape: Shape, lora: LoraConfig | None) -> Shape:
+    """`shape` with the adapter that `model.lora` asks for. Raises UserError for targets that it has not."""
+    if lora is None:
+        return shape
+    with torch.device("meta"):
+        return replace(shape, adapter=factor_sizes(AutoModelForCausalLM.from_config(shape.config), lora))
 
 
 def shape_of(config: Any) -> Shape:

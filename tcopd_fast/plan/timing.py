@@ -104,25 +104,34 @@ def learner_costs(config: Config, student: Shape, work: Workload, cluster: Clust
     steps = work.minibatches * work.epochs
     passes = steps * work.microbatches
     others = (cluster.ranks - 1) / cluster.ranks
-    gather = student.weights * itemsize * others
+    gather = (student.weights if stage == 3 else student.trained) * itemsize * others
     # A sum over the ranks moves every byte twice, a reduce-scatter once; gradients travel in float32.
-    summed = 4 * student.weights * others
-    recompute = 1 if config.model.gradient_checkpointing else 0
-    share = student.weights / cluster.ranks
-    # Gradient, weight and moments read; weight and moments written.
-    update = slowest(speed, 0.0, hbm=steps * 28 * share)
-    # The loss makes the head's gradients in its forward: 3 products in all.
+    summed = 4 * student.trained * others
+    # Under an adapter only the inputs' gradients are products with the frozen weights; the adapter's own are small.
+    products = (1 if student.adapter else 2) + (1 if config.model.gradient_checkpointing else 0)
+    share = student.trained / cluster.ranks
+    if config.learner.offload == "none" or cluster.on_cpu:
+        # Gradient, weight and moments read; weight and moments written.
+        update = slowest(speed, 0.0, hbm=steps * 28 * share)
+    else:
+        # Gradients go to the host, weights come back; what the host takes for AdamW itself is not known here.
+        update = slowest(speed, 0.0, pcie=steps * (4 + itemsize) * share)
+    fetched = {}
+    if config.learner.offload == "optimizer_and_weights" and not cluster.on_cpu:
+        fetched = {"pcie": passes * student.weights / cluster.ranks * itemsize}
+    # The loss makes the head's gradients in its forward: 3 products in all, 2 for a frozen head.
+    head_products = (2 if student.adapter else 3) * head
     if stage == 3:
-        loss = slowest(speed, body + 3 * head, interconnect=passes * gather)
-        backward = slowest(speed, (2 + recompute) * body, interconnect=passes * (gather + summed))
+        loss = slowest(speed, body + head_products, interconnect=passes * gather, **fetched)
+        backward = slowest(speed, products * body, interconnect=passes * (gather + summed), **fetched)
         after = Cost(0.0, "compute")
     elif stage == 2:
-        loss = slowest(speed, body + 3 * head)
-        backward = slowest(speed, (2 + recompute) * body, interconnect=passes * 2 * summed)
+        loss = slowest(speed, body + head_products)
+        backward = slowest(speed, products * body, interconnect=passes * 2 * summed)
         after = slowest(speed, 0.0, interconnect=steps * gather)
     else:
-        loss = slowest(speed, body + 3 * head)
-        backward = slowest(speed, (2 + recompute) * body)
+        loss = slowest(speed, body + head_products)
+        backward = slowest(speed, products * body)
         after = slowest(speed, 0.0, interconnect=steps * (2 * summed + gather))
     costs = {"loss": loss, "learner": _in_turn(backward, after, update)}
     if needs_old_logprobs(config):

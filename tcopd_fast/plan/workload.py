@@ -119,7 +119,7 @@ class Frozen:
     @property
     def fixed(self) -> bool:
         """Whether its placement follows from what it is."""
-        return self.placement in ("delta", "lora", "server")
+        return self.placement in ("delta", "lora", "server", "student")
 
 
 def shapes_of(config: Config, folders: Mapping[str, str]) -> dict[str, Shape]:
@@ -177,6 +177,8 @@ def frozen_models(config: Config, shapes: Mapping[str, Shape], teachers: int | N
             found[same] = (replace(model, roles=(*model.roles, role)), copy)
             continue
         placement, factors = _placement(config, spec), 0
+        if placement != "server" and _is_student_base(config, spec.path, dtype):
+            placement = "student"
         if placement == "lora":
             factors = CheckpointFolder(resolve_path(spec.path)).weights()
             _add_base(found, config, base_path(config, spec), shapes[described_by(config, spec)], dtype)
@@ -188,17 +190,28 @@ def _add_base(found: list[tuple[Frozen, int]], config: Config, path: str, shape:
     """An adapter's base: a model that is there, which must then not be sharded, or one loaded for adapters alone."""
     spec = FrozenModelConfig(path=path)
     for i, (model, copy) in enumerate(found):
-        if not copy and model.dtype == dtype and not model.fixed and _same(model, spec):
+        whole = model.placement == "student" or not model.fixed
+        if not copy and model.dtype == dtype and whole and _same(model, spec):
             found[i] = (replace(model, shardable=False), 0)
             return
-    found.append((Frozen(("base of adapters",), path, shape, dtype, _placement(config, spec), shardable=False), 0))
+    placement = "student" if _is_student_base(config, path, dtype) else _placement(config, spec)
+    found.append((Frozen(("base of adapters",), path, shape, dtype, placement, shardable=False), 0))
+
+
+def _is_student_base(config: Config, path: str, dtype: str) -> bool:
+    """Whether the learner holds these weights anyway, whole and frozen, under a LoRA student."""
+    if config.model.lora is None or config.learner.zero_stage == 3 or dtype != config.model.dtype:
+        return False
+    return _same_path(path, config.model.path)
 
 
 def _same(model: Frozen, spec: FrozenModelConfig) -> bool:
-    if model.path == spec.path or model.placement == "server":
-        return model.path == spec.path and model.placement != "server"
-    both_here = all(Path(path).expanduser().is_dir() for path in (model.path, spec.path))
-    return both_here and same_checkpoint(model.path, spec.path)
+    return model.placement != "server" and _same_path(model.path, spec.path)
+
+
+def _same_path(a: str, b: str) -> bool:
+    both_here = all(Path(path).expanduser().is_dir() for path in (a, b))
+    return a == b or (both_here and same_checkpoint(a, b))
 
 
 def _placement(config: Config, spec: FrozenModelConfig) -> str | None:

@@ -7,7 +7,7 @@ off, float32 gradient accumulation and communication, and its default buckets; c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tcopd_fast.plan.shapes import Shape
 
@@ -26,6 +26,7 @@ class ZeroBytes:
     element that a finished gradient leaves behind during the first of them. gathered: weights gathered for a forward
     or backward. backward: buffers there while gradients arrive. reduce: at the end of a backward or of a step, while
     the gradients of all ranks are summed. update: during the optimizer's step. sync: while weights are copied out.
+    host: pinned in host memory.
     """
 
     held: Mapping[str, int]
@@ -36,57 +37,84 @@ class ZeroBytes:
     reduce: int = 0
     update: int = 0
     sync: int = 0
+    host: Mapping[str, int] = field(default_factory=dict)
 
 
-def zero_bytes(shape: Shape, stage: int, itemsize: int, ranks: int, *, accumulating: bool, on_cpu: bool) -> ZeroBytes:
-    """accumulating: several micro-batches per optimizer step.
+def zero_bytes(
+    shape: Shape, stage: int, itemsize: int, ranks: int, *, accumulating: bool, on_cpu: bool, offload: str = "none"
+) -> ZeroBytes:
+    """accumulating: several micro-batches per optimizer step. offload: `learner.offload`; on a CPU it frees nothing.
 
     on_cpu: of a bucket only what was written to counts, and AdamW has two temporaries per weight, not one.
     """
-    share = -(-shape.weights // ranks)
+    parameters, trained = shape.weights + sum(shape.adapter), shape.trained
+    share = -(-trained // ranks)
     # torch.optim.AdamW: √v, and on a CPU √v divided by its bias correction beside it.
     update = (8 if on_cpu else 4) * share
-    held = {"weights": shape.weights * itemsize, "float32 weights": 4 * share, "Adam moments": 8 * share}
-    fill = min(BUCKET, shape.weights)
-    bucket = fill if on_cpu else BUCKET
-    if stage == 1 and itemsize < 4:
+    held = {"weights": parameters * itemsize, "float32 weights": 4 * share, "Adam moments": 8 * share}
+    fill = min(BUCKET, trained)
+    # An adapter's bucket is as large as the adapter.
+    bucket = fill if on_cpu or shape.adapter else BUCKET
+    # The largest sum of a weight and its factors, in float32 and rounded; embedding and head have none.
+    merged = max((n for n in shape.tensors if n not in (shape.embedding, shape.head)), default=0)
+    merging = merged * (4 + (4 + itemsize if itemsize < 4 else 0)) if shape.adapter else 0
+    if stage == 1 and itemsize < 4 and offload == "none":
         # BF16_Optimizer: float32 gradients of all weights, summed over the ranks bucket by bucket.
-        held["gradients"] = 4 * shape.weights
-        return ZeroBytes(held, reduce=4 * fill, update=update)
-    if stage == 1:
+        held["gradients"] = 4 * trained
+        found = ZeroBytes(held, reduce=4 * fill, update=update, sync=merging)
+    elif stage == 1:
         # Gradients stay whole; step() moves them into a bucket and sums a flat copy of it.
-        return ZeroBytes(
+        found = ZeroBytes(
             held,
-            accumulated=4 * shape.weights if accumulating else 0,
+            accumulated=4 * trained if accumulating else 0,
             per_gradient=0 if accumulating else 4,
             backward=0 if on_cpu else 4 * bucket,
-            reduce=4 * shape.weights + 4 * fill + (0 if on_cpu else 4 * bucket),
+            reduce=4 * trained + 4 * fill + (0 if on_cpu else 4 * bucket),
             update=4 * share + update,
+            sync=merging,
         )
-    if stage == 2:
+    elif stage == 2:
         # Two buckets in the weights' dtype, which overlap_comm fills in turn; each is flattened, and widened to the
         # float32 that it is summed in. What is summed is kept in float32 from the first sum on.
         buffers = bucket * itemsize if on_cpu else 2 * bucket * itemsize
         widened = 4 * fill + 4 * share if itemsize < 4 else 4 * share if accumulating else 0
-        return ZeroBytes(
+        found = ZeroBytes(
             held,
             accumulated=4 * share if accumulating else 0,
             per_gradient=itemsize if on_cpu else 0,
             backward=0 if on_cpu else buffers,
             reduce=buffers + fill * itemsize + widened,
             update=4 * share + update,
+            sync=merging,
         )
-    persistent = sum(n for n in shape.tensors if n <= PERSISTENT) if ranks > 1 else 0
-    held["weights"] = (share + persistent) * itemsize
-    return ZeroBytes(
-        held | {"gradients": 4 * share, "reduction bucket": 4 * bucket},
-        gathered=min(shape.weights, LIVE + PREFETCH) * itemsize if ranks > 1 else 0,
-        # The input of the reduce-scatter, flattened, and its output.
-        reduce=4 * fill + 4 * -(-fill // ranks),
-        update=4 * share + update,
-        # A parameter, and the buffer it was gathered in.
-        sync=2 * shape.largest * itemsize,
-    )
+    else:
+        persistent = sum(n for n in (*shape.tensors, *shape.adapter) if n <= PERSISTENT) if ranks > 1 else 0
+        held["weights"] = (-(-parameters // ranks) + persistent) * itemsize
+        found = ZeroBytes(
+            held | {"gradients": 4 * share, "reduction bucket": 4 * bucket},
+            gathered=min(parameters, LIVE + PREFETCH) * itemsize if ranks > 1 else 0,
+            # The input of the reduce-scatter, flattened, and its output.
+            reduce=4 * fill + 4 * -(-fill // ranks),
+            update=4 * share + update,
+            # A parameter, and the buffer it was gathered in.
+            sync=2 * shape.largest * itemsize + merging,
+        )
+    return found if on_cpu or offload == "none" else _offloaded(found, shape, itemsize, stage, offload, ranks)
+
+
+def _offloaded(found: ZeroBytes, shape: Shape, itemsize: int, stage: int, offload: str, ranks: int) -> ZeroBytes:
+    """What moves to host memory: the optimizer with its gradients, and with optimizer_and_weights ZeRO-3's shards."""
+    away = {"float32 weights", "Adam moments"} | ({"gradients"} if stage == 3 else set())
+    away |= {"weights"} if offload == "optimizer_and_weights" else set()
+    host = {name: found.held[name] for name in found.held if name in away}
+    if stage < 3:
+        # Float32 gradients of this rank's share; on the way back its weights pass through a pinned buffer.
+        share = -(-shape.trained // ranks)
+        host |= {"gradients": 4 * share, "updated weights": itemsize * share}
+    # ZeRO-1 keeps whole gradients on the device until its step. AdamW's temporaries are made on the host.
+    accumulated = found.accumulated if stage == 1 else 0
+    held = {name: size for name, size in found.held.items() if name not in away}
+    return replace(found, held=held, host=host, accumulated=accumulated, update=0)
 
 
 def sharded_bytes(shape: Shape, itemsize: int, ranks: int) -> tuple[int, int]:

@@ -39,6 +39,8 @@ _LEARNING_CHARTS = (
     ("reward/negative_share", "Teachers with λ < 0, share of what teachers add to A", "%", 100.0),
     ("loss/effective_sample_size", "Effective sample size", "share of the tokens", 1.0),
     ("learner/grad_norm", "Gradient norm", "before clipping", 1.0),
+    ("batch/tokens_per_s", "Throughput", "response tokens trained on per second", 1.0),
+    ("rollout/overlap_share", "Generating while ranks work, share of generating", "%", 100.0),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median_low
+from statistics import median
 
 from tcopd_fast.clock import STAGES
 from tcopd_fast.report.collect import Run, mean, number
@@ -36,7 +36,7 @@ def timeline_section(runs: Sequence[Run]) -> str:
     if not shown:
         return '<h2>Timeline</h2><p class="missing">No run recorded when its ranks and engines worked.</p>'
     caption = (
-        "The step of median length and its neighbours, without the first one, which includes start-up, and without "
+        "Three neighbouring steps of about median length, without the first one, which includes start-up, and without "
         "what lies between steps (evaluation, checkpoints). A rank that waits for responses of engines in processes of "
         "their own is at its rollout."
     )
@@ -45,12 +45,15 @@ def timeline_section(runs: Sequence[Run]) -> str:
 
 
 def steps_shown(timeline: Sequence[StepTimeline]) -> Sequence[StepTimeline]:
-    """Up to three neighbouring steps around the one of median length; the first only when it is the only one."""
+    """Three neighbouring steps (or what there is) whose total length is nearest to three times the median length.
+
+    The run's first step is left out unless it is the only one.
+    """
     steps = timeline[1:] or timeline
-    lengths = [step.seconds for step in steps]
-    middle = lengths.index(median_low(lengths))
-    first = max(0, min(middle - 1, len(steps) - 3))
-    return steps[first : first + 3]
+    count = min(3, len(steps))
+    usual = count * median(step.seconds for step in steps)
+    windows = [steps[i : i + count] for i in range(len(steps) - count + 1)]
+    return min(windows, key=lambda window: abs(sum(step.seconds for step in window) - usual))
 
 
 def _chart(run: Run) -> str:

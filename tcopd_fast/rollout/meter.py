@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tcopd_fast.timeline import GENERATE, Span, epoch_seconds, merged
 
@@ -21,6 +21,13 @@ class _Engine:
 
     def open(self, now: float) -> None:
         self.since = now if self.under_way else None
+
+    def add(self, tokens: int) -> None:
+        if self.since is None and self.spans:
+            last = self.spans[-1]
+            self.spans[-1] = replace(last, tokens=last.tokens + tokens)
+        else:
+            self.tokens += tokens
 
     def close(self, now: float) -> None:
         if self.since is not None and now > self.since:
@@ -60,9 +67,12 @@ class Meter:
                     own.close(epoch_seconds())
 
     def returned(self, engine: int, tokens: int) -> None:
-        """A response of so many tokens came; to be called inside its `request`."""
+        """A response of so many tokens came; to be called inside its `request`.
+
+        One that comes during an exchange of weights was generated before it, and counts there.
+        """
         with self._lock:
-            self._engines[engine].tokens += tokens
+            self._engines[engine].add(tokens)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -28,6 +28,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 BACKEND = "tcopd_gloo"
+# Engines and trainer are all there when they meet: one that does not come cannot reach the other.
+MEETING_S = 120.0
 
 
 @dataclass
@@ -72,12 +74,13 @@ class GlooWorkerEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     update_info_cls = GlooUpdateInfo
     group: Any = None
     bucket_bytes = 0
+    timeout_s = 0.0
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the trainer's group."""
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self.bucket_bytes = init_info.bucket_bytes
+        self.bucket_bytes, self.timeout_s = init_info.bucket_bytes, init_info.timeout_s
         self.group = join(
             init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
         )
@@ -95,7 +98,7 @@ class GlooWorkerEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         loaded: set[str] = set()
         for bucket in buckets(items, self.bucket_bytes):
             flat = torch.empty(sum(nbytes(dtype, shape) for _, dtype, shape in bucket), dtype=torch.uint8)
-            broadcast(self.group, flat)
+            broadcast(self.group, flat, self.timeout_s)
             loaded |= self.model.load_weights(unpack(flat, bucket))  # type: ignore[operator]
         missing = {name for name, _ in self.model.named_parameters()} - loaded
         if missing:
@@ -112,6 +115,7 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     init_info_cls = GlooTrainerInitInfo
     group: Any = None
     bucket_bytes = 0
+    timeout_s = 0.0
 
     @classmethod
     def trainer_init(
@@ -119,7 +123,7 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     ) -> GlooTrainerEngine:
         """Meet the workers. Called on every rank; all but rank 0 return at once."""
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        engine.bucket_bytes = init_info.bucket_bytes
+        engine.bucket_bytes, engine.timeout_s = init_info.bucket_bytes, init_info.timeout_s
         if engine.is_sender:
             shared = {key: value for key, value in asdict(init_info).items() if key != "rank"}
             worker = GlooInitInfo(rank_offset=1, **shared)
@@ -167,7 +171,7 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
                 stop = start + nbytes(dtype, shape)
                 flat[start:stop] = tensor.contiguous().reshape(-1).view(torch.uint8).cpu()
                 start = stop
-            broadcast(self.group, flat)
+            broadcast(self.group, flat, self.timeout_s)
         # Exhausted here, so that a source that gathers from all ranks ends on all of them.
         for name, _ in weights:
             raise RuntimeError(f"weight transfer: {name} was not announced")
@@ -213,9 +217,9 @@ def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
 def join(address: str, port: int, rank: int, size: int, timeout_s: float) -> Any:
     """A gloo group of its own, apart from any default process group; rank 0 holds the store, on that address only.
 
-    timeout_s: longest wait for another member, here and in every broadcast.
+    timeout_s: longest wait for another member, here and in a broadcast; here MEETING_S at most.
     """
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=min(timeout_s, MEETING_S))
     if rank == 0:
         # Left to itself the store would listen on every interface.
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -228,8 +232,9 @@ def join(address: str, port: int, rank: int, size: int, timeout_s: float) -> Any
     return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, size, timeout)
 
 
-def broadcast(group: Any, flat: Tensor) -> None:
+def broadcast(group: Any, flat: Tensor, timeout_s: float) -> None:
     """`flat` of rank 0 into `flat` of every rank."""
     options = dist.BroadcastOptions()
+    options.timeout = timedelta(seconds=timeout_s)
     options.rootRank, options.rootTensor = 0, 0
     group.broadcast([flat], options).wait()

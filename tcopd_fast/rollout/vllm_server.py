@@ -105,7 +105,9 @@ class ServerEngine:
         world.on_main(fleet.start)
         problem = self._connect()
         if problem is not None:
-            raise world.agreed(f"the rollout engines cannot be given weights: {problem}")
+            urls, address = config.vllm.server.urls, config.vllm.server.address
+            hint = f"; do they reach this machine at rollout.vllm.server.address={address}?" if urls else ""
+            raise world.agreed(f"the rollout engines cannot be given weights: {problem}{hint}")
         self.load_weights(weights, 0)
 
     def submit(
@@ -216,12 +218,7 @@ class ServerEngine:
         self._source.weights = weights
         if self._any_down():
             self._restart()
-        try:
-            self._send(version)
-        except RuntimeError:
-            # The others may wait for good for the one that failed, and hold a mixture of weights.
-            self._restart(everyone=True)
-            self._send(version)
+        self._deliver(version)
         self.version = version
 
     def metrics(self) -> dict[str, float]:
@@ -312,7 +309,17 @@ class ServerEngine:
 
     def _recover(self) -> None:
         self._restart()
-        self._send(self.version)
+        self._deliver(self.version)
+
+    def _deliver(self, version: int) -> None:
+        """`_send`, and again with new engines when one fails meanwhile. Raises UserError after `max_restarts`."""
+        while True:
+            try:
+                self._send(version)
+                return
+            except RuntimeError:
+                # The others may wait for good for the one that failed, and hold a mixture of weights.
+                self._restart(everyone=True)
 
     def _any_down(self) -> bool:
         return bool(self._world.max({"down": float(len(self._dispatcher.down))})["down"])
