@@ -91,6 +91,11 @@ def checks(data: Mapping[str, Any], lives: Sequence[Mapping[str, Any]]) -> list[
             all(fault["said"] and fault["repeated"] > 0 for fault in damaged),
             "; ".join(f"resumed from step {fault['resumed_from']}" for fault in damaged),
         ),
+        check(
+            "engines replaced for faults only",
+            all(start["engine_restarts"] == start["engine_faults"] for start in data["starts"]),
+            f"{sum(start['engine_restarts'] for start in data['starts']):.0f} replaced",
+        ),
         check("no process left", not left, ", ".join(left) or "none"),
         check(
             "learned as the unbroken run",

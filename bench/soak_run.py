@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import secrets
-import shlex
 import signal
 import subprocess
 import time
@@ -167,7 +166,8 @@ class Soak:
         assert found is not None
         outcome.resumed_from = self.starts[-1]["from"] = int(found[1])
         outcome.repeated = logged - outcome.resumed_from
-        outcome.said = "; ".join(line.strip() for line in text.splitlines() if " is damaged" in line)
+        said = "; ".join(line.strip() for line in text.splitlines() if " is damaged" in line)
+        outcome.said = said.replace(str(self.run_dir), "RUN")
         # The logs were cut to the checkpoint before the message.
         self.wait(lambda: self.logged() > outcome.resumed_from, "a step of the resumed run")
 
@@ -206,6 +206,11 @@ class Soak:
             raise UserError(f"soak: the run did not end within {END_LIMIT_S:.0f} s: {self.log}") from None
         left = left_after(self.token, 10.0)
         self.starts[-1] |= {"status": status, "ended": self.watch.now(), "left": [name_of(p) for p in left]}
+        self.starts[-1]["engine_restarts"] = self.last_row().get("rollout/engine_restarts", 0)
+        self.starts[-1]["engine_faults"] = sum(
+            one.at >= self.starts[-1]["at"] and one.fault.kind in (ENGINE_KILLED, ENGINE_STOPPED)
+            for one in self.outcomes
+        )
         self.process = None
         return status
 
@@ -240,7 +245,7 @@ def left_after(token: str, seconds: float) -> list[psutil.Process]:
 
 def name_of(process: psutil.Process) -> str:
     with suppress(psutil.Error):
-        return shlex.join(process.cmdline())[:120]
+        return process.name()
     return "gone meanwhile"
 
 

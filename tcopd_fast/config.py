@@ -146,6 +146,8 @@ class EvalRunConfig(Section):
     def _combinations(self) -> EvalRunConfig:
         if self.model.lora is not None:
             raise ValueError("model.lora: is for training; evaluate the merged model that `tcopd export RUN` writes")
+        if self.model.liger:
+            raise ValueError("model.liger=true: is for training; the rollout engines have kernels of their own")
         _check_sampling(self.rollout, self.eval)
         _check_judges(self.judge)
         _need("vllm", self.rollout.engine == "vllm", "rollout.engine=vllm")

@@ -186,7 +186,8 @@ class VllmServerConfig(Section):
     bucket_bytes: PositiveInt = 256 << 20
     """Weights travel to the engines in pieces of this size."""
     max_restarts: NonNegativeInt = 5
-    """Engines started again in one run before it stops; with `urls`, how often the trainer may wait for some again."""
+    """Times that engines are started again (with `urls`: waited for) in one run before it stops; several at once are
+    one time."""
     options: str = ""
     """More options for vLLM's server, as on its command line; they win."""
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 from running import ROOT, environment, write_config
 
-from tcopd_fast.config import Config
+from tcopd_fast.config import Config, EvalRunConfig
 from tcopd_fast.config_io import validate
 from tcopd_fast.dist import free_port
 from tcopd_fast.errors import UserError
@@ -110,3 +110,9 @@ def test_without_the_package_the_run_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("tcopd_fast.config.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model\.liger=true: needs the package liger_kernel"):
         validate(tiny.tree(tmp_path, model={"liger": True}), Config)
+
+
+def test_evaluation_takes_no_liger(tiny):
+    tree = {"model": {"path": str(tiny.student), "liger": True}, "data": {"train": [{"path": str(tiny.prompts)}]}}
+    with pytest.raises(UserError, match=r"model\.liger=true: is for training"):
+        validate(tree, EvalRunConfig)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 
 import pytest
 import torch
 from forked import end_all, run_forked
 from learners import on_learner
-from running import learning, lines, write_config
+from running import learning, lines, run, write_config
 from test_models import exact, rollouts
 from transformers import AutoModelForCausalLM
 
@@ -57,6 +58,7 @@ def difference(a, b):
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 
 
+@pytest.mark.slow
 def test_ranks_stages_and_checkpointing_do_not_change_what_the_adapter_learns(tiny, tmp_path):
     """Tolerance: 2e-5 in merged weights, 1e-4 in the gradient norm; two optimizer steps per batch, two batches."""
     variants = {
@@ -318,3 +320,17 @@ def test_without_peft_the_run_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("tcopd_fast.config.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model\.lora: needs the package peft"):
         validate(lora_tree(tiny, tmp_path), Config)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs the package vllm")
+def test_vllm_samples_from_the_merged_weights(tiny, tmp_path):
+    """After steps large enough to matter the sampler's logprobs are still the learner's: exp(their difference) is 1."""
+    vllm = {"engine": "vllm", "vllm": {"kv_cache_memory_bytes": 1 << 25}}
+    run_dir = tmp_path / "run"
+    tree = lora_tree(tiny, run_dir, steps=3, learner={"lr": 0.05}, rollout=vllm)
+    run(["--config", str(write_config(tmp_path / "run.yaml", tree))])
+    assert difference(weights(tiny.student), weights(export(run_dir))) > 0.01
+    for row in lines(run_dir / "metrics.jsonl"):
+        assert row["loss/mismatch_weight_mean"] == pytest.approx(1, abs=1e-5)

@@ -44,6 +44,7 @@ def difference(a, b):
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 
 
+@pytest.mark.slow
 def test_offload_does_not_change_what_is_learnt(tiny, tmp_path):
     """Tolerance 2e-5 in weights that moved by more than 0.01; two ranks, several micro-batches, two steps per batch.
 

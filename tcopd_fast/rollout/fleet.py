@@ -40,7 +40,7 @@ class Fleet:
     """Every engine of a run.
 
     model_path, dtype, max_model_len, seed, trust_remote_code: as the in-process engine takes them. folder: where logs
-    go. starts counts the engines started so far.
+    go. restarts counts how often engines were started again, several at once as one time.
     """
 
     config: RolloutConfig
@@ -51,7 +51,7 @@ class Fleet:
     folder: Path
     trust_remote_code: bool = False
     engines: list[Engine] = field(default_factory=list)
-    starts: int = 0
+    restarts: int = 0
 
     @property
     def urls(self) -> list[str]:
@@ -75,7 +75,8 @@ class Fleet:
         """Start again those that have ended or are suspected to hang; returns their numbers. Raises UserError."""
         gone = [e for e in self.engines if e.number in suspects or e.process is None or e.process.poll() is not None]
         limit = self.config.vllm.server.max_restarts
-        if self.starts + len(gone) - len(self.engines) > limit:
+        self.restarts += bool(gone)
+        if self.restarts > limit:
             raise UserError(
                 f"rollout engines had to be started again more than {limit} times "
                 f"(rollout.vllm.server.max_restarts); the last words are in {gone[0].log}"
@@ -98,7 +99,6 @@ class Fleet:
         for engine in engines:
             port = free_port()
             engine.url = f"http://{HOST}:{port}"
-            self.starts += 1
             with engine.log.open("ab") as log:
                 engine.process = spawn(command(self.spec, HOST, port), self.environment(engine.number), log)
         end = time.monotonic() + self.config.vllm.server.start_timeout_s

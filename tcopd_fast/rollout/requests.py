@@ -18,6 +18,9 @@ from tcopd_fast.types import Prompt
 
 CONNECTIONS = 512
 """Requests of one rank under way at once; more wait here."""
+IDLE_S = 1.0
+"""A connection is not used again after so long: vLLM closes it after 5 s, and a request sent at that moment would look
+like one to an engine that died."""
 PATH = "/inference/v1/generate"
 
 
@@ -129,7 +132,9 @@ class Dispatcher:
 
     async def _serve(self, ticket: Ticket, requests: Sequence[Request]) -> None:
         if self._client is None:
-            limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+            limits = httpx.Limits(
+                max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_S
+            )
             timeout = httpx.Timeout(self.timeout_s, connect=10.0, pool=None)
             # The environment may name a proxy, which has no business between a trainer and its engines.
             self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)

@@ -317,7 +317,9 @@ class ServerEngine:
             try:
                 self._send(version)
                 return
-            except RuntimeError:
+            except RuntimeError as error:
+                if self._world.is_main:
+                    print(f"{error}; all engines are replaced", flush=True)
                 # The others may wait for good for the one that failed, and hold a mixture of weights.
                 self._restart(everyone=True)
 
@@ -327,7 +329,11 @@ class ServerEngine:
     def _restart(self, everyone: bool = False) -> None:
         """Start again what any rank found down, and meet all engines anew. Raises UserError on every rank."""
         found = self._world.gather(dict(self._dispatcher.down))
-        suspects = {number for down in found for number in down}
+        reasons = {number: why for down in found for number, why in down.items()}
+        if self._world.is_main:
+            for number, why in sorted(reasons.items()):
+                print(f"rollout engine {number} failed: {why}; it is replaced", flush=True)
+        suspects = set(reasons)
         if everyone:
             suspects = set(range(len(self._control.urls)))
         self._replace(suspects)
