@@ -22,7 +22,7 @@ WARM_UP_STEPS = 15
 MIN_LIFE_STEPS = 40
 FLAT_SHARE = 0.05
 # The soak learned as the unbroken run did when it gained at least this share of what that gained.
-GAIN_SHARE = 0.8
+GAIN_SHARE = 0.75
 UNBROKEN = "unbroken run's rank"
 """Name of the life that nothing happened to, the longest one."""
 

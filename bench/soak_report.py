@@ -66,7 +66,7 @@ def checks(data: Mapping[str, Any], lives: Sequence[Mapping[str, Any]]) -> list[
     judged = [life for life in lives if life["flat"] is not None]
     largest = max((abs(life["change"]) for life in judged), default=math.nan)
     left = [name for start in data["starts"] for name in start["left"]]
-    gain, whole = (gained(data["accuracy"][name]) for name in ("soak", "unbroken"))
+    gain, whole = gains(data["accuracy"])
     recovered = [fault["recovered_s"] for fault in faults]
     return [
         check("every step once, in order", steps == list(range(1, data["steps"] + 1)), f"{len(steps)} rows"),
@@ -114,10 +114,13 @@ def check(name: str, holds: bool, seen: str) -> dict[str, Any]:
     return {"name": name, "holds": bool(holds), "seen": seen}
 
 
-def gained(accuracy: Mapping[str, Sequence[float]]) -> float:
-    """Held-out accuracy after the last step minus that before the first."""
-    by_step = {int(step): value for step, (value, _) in accuracy.items()}
-    return by_step[max(by_step)] - by_step[min(by_step)]
+def gains(accuracy: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[float, float]:
+    """Held-out accuracy of soak and unbroken run after the last step, minus the mean of both evaluations before the
+    first, which are of the same model."""
+    by_step = [{int(step): value for step, (value, _) in accuracy[name].items()} for name in ("soak", "unbroken")]
+    start = sum(one[min(one)] for one in by_step) / 2
+    soak, unbroken = (one[max(one)] - start for one in by_step)
+    return soak, unbroken
 
 
 def markdown(table: Mapping[str, Any], figure: str, results: str) -> str:

@@ -22,6 +22,9 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that closes while its answer is held back is part of the tests."""
+
 
 class FakeEngine:
     """Answers vLLM's generation route at once, but holds back prompts whose first token is in `held`."""
