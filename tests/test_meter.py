@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import json
 import threading
 import time
+from http.server import BaseHTTPRequestHandler
 
-import httpx
+from test_requests import Server
 
+from tcopd_fast.dist import free_port
 from tcopd_fast.rollout.meter import Meter
 from tcopd_fast.rollout.requests import Dispatcher, Request, Ticket
 from tcopd_fast.timeline import Span, epoch_seconds
@@ -98,20 +100,30 @@ def test_meter_under_many_threads_loses_no_token():
 def test_dispatcher_reports_when_which_engine_had_requests():
     """Two engines of 30 ms a response and one that refuses connections, four requests."""
 
-    async def respond(request: httpx.Request) -> httpx.Response:
-        if request.url.host == "broken":
-            raise httpx.ConnectError("refused")
-        await asyncio.sleep(0.03)
-        content = [{"token_id": 7, "logprob": -1.0}, {"token_id": 8, "logprob": -1.0}]
-        choice = {
-            "token_ids": [7, 8], "logprobs": {"content": content}, "finish_reason": "stop",
-            "weight_versions": [{"version": "3"}],
-        }  # fmt: skip
-        return httpx.Response(200, json={"choices": [choice]})
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(0.03)
+            content = [{"token_id": 7, "logprob": -1.0}, {"token_id": 8, "logprob": -1.0}]
+            choice = {
+                "token_ids": [7, 8], "logprobs": {"content": content}, "finish_reason": "stop",
+                "weight_versions": [{"version": "3"}],
+            }  # fmt: skip
+            answer = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
 
+        def log_message(self, *_: object) -> None:
+            pass
+
+    servers = [Server(("127.0.0.1", 0), Slow) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     dispatcher = Dispatcher(timeout_s=5.0)
-    dispatcher._client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
-    dispatcher.use(["http://one", "http://two", "http://broken"])
+    urls = [f"http://127.0.0.1:{server.server_port}" for server in servers]
+    dispatcher.use([*urls, f"http://127.0.0.1:{free_port()}"])
     ticket = Ticket()
     prompt = Prompt("p", "math", (1,), "", None, "test")
     start = epoch_seconds()
@@ -120,6 +132,8 @@ def test_dispatcher_reports_when_which_engine_had_requests():
         ticket.wait()
     seen = dispatcher.meter.drain(epoch_seconds())
     dispatcher.close()
+    for server in servers:
+        server.shutdown()
     assert list(seen) == ["engine 0", "engine 1", "engine 2"]
     assert sum(span.tokens for own in seen.values() for span in own) == 8
     for name in ("engine 0", "engine 1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -137,8 +138,11 @@ def test_the_slowest_of_a_partial_batch_join_the_next_with_their_logprobs(fake, 
     fake.wait_for(8)
     assert len(fake.bodies) == 8, "with a partial batch one step of the bound is kept for the slowest"
     fake.version = 1
-    fake.held = {11}
     fake.release()
+    end = time.monotonic() + 10
+    while batches._ticket.arrivals.qsize() < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
     rollouts = batches.take(1, nothing)
     assert set(numbers(rollouts[:2])) == {2, 5}, "older batches come first"
     assert [r.version for r in rollouts[:2]] == [0, 0]
@@ -154,11 +158,11 @@ def test_what_got_too_old_is_dropped_and_counted(fake, client):
     assert len(batches.take(1, nothing)) == 8
     assert batches.metrics(1) == {"rollout/dropped_stale": 0.0, "rollout/carried_on": 2.0}
     fake.version = 2
-    threading.Timer(0.3, fake.release).start()
     seen: list[Rollout] = []
     # They are not more than the share that need not be waited for, but the last step waits for everything.
     assert len(batches.take(2, seen.append)) == 8
     fake.version = 3
+    fake.release()
     rollouts = batches.take(3, seen.append)
     assert numbers(rollouts) == [30 + i for i in range(8)]
     assert batches.metrics(3) == {"rollout/dropped_stale": 2.0, "rollout/carried_on": 0.0}
