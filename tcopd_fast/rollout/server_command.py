@@ -83,7 +83,9 @@ def command(spec: EngineSpec, host: str, port: int) -> list[str]:
     if spec.max_model_len is not None:
         words += ["--max-model-len", str(spec.max_model_len)]
     if on_cpu:
-        words += ["--enforce-eager", "--kv-cache-memory-bytes", str(spec.kv_cache_memory_bytes)]
+        # vLLM rewinds the generator of a seeded request whose prompt it took in parts; a CPU's cannot be rewound.
+        words += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        words += ["--kv-cache-memory-bytes", str(spec.kv_cache_memory_bytes)]
     else:
         words += ["--gpu-memory-utilization", str(spec.gpu_memory_utilization)]
         words += ["--enforce-eager"] if spec.enforce_eager else []

@@ -88,7 +88,13 @@ class VllmEngine:
             from vllm.distributed.parallel_state import get_tp_group, get_world_group
 
             memory: dict[str, Any] = (
-                {"enforce_eager": True, "kv_cache_memory_bytes": config.vllm.kv_cache_memory_bytes}
+                {
+                    "enforce_eager": True,
+                    "kv_cache_memory_bytes": config.vllm.kv_cache_memory_bytes,
+                    # vLLM rewinds the generator of a seeded request whose prompt it took in parts; a CPU's cannot be
+                    # rewound.
+                    "enable_chunked_prefill": False,
+                }
                 if on_cpu
                 else {
                     "enforce_eager": config.vllm.enforce_eager,
