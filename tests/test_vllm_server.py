@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from running import ROOT, lines, start
+from running import ROOT, lines, run, start
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -221,6 +221,19 @@ def test_a_run_generates_ahead_and_survives_its_engine(tmp_path):
     returned = sum(span.tokens for step in steps for span in step.tracks["engine 0"])
     assert returned == sum(row["batch/tokens"] for row in rows)
     assert any(row["rollout/overlap_share"] for row in rows)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="binds two workers to two cores")
+def test_both_workers_of_a_tensor_parallel_engine_get_their_part_of_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    words = ["--config", str(ROOT / "configs" / "miniature.yaml"), f"run_dir={tmp_path / 'run'}", "steps=3"]
+    words += ["rollout.engine=vllm", "rollout.vllm.mode=server", "rollout.vllm.server.tensor_parallel_size=2"]
+    words += ["rollout.prompts_per_step=24", f"rollout.vllm.kv_cache_memory_bytes={32 << 20}", "eval.data=[]"]
+    run([*words, "checkpoint.every=0", "logging.tensorboard=false", "learner.lr=1e-3"])
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["rollout/version"] for row in rows] == [0, 1, 2]
+    # exp(log π_old − log π_rollout) is 1 where the engine has the learner's weights.
+    assert all(abs(row["loss/mismatch_weight_mean"] - 1) < 1e-4 for row in rows)
 
 
 def test_engines_end_with_the_trainer(tmp_path):
