@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from soak_plan import (
 )
 from soak_report import BEGIN, END, assess, markdown
 from soak_run import Soak, launch
-from table1 import RESULTS, Outputs, write_outputs
+from table1 import RESULTS, Outputs, ended_cleanly, write_outputs
 from table1_report import check_markers
 
 from tcopd_fast.errors import UserError
@@ -118,16 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults' moments and of the training")
     parser.add_argument("--only-report", action="store_true", help="start nothing, report on OUT/soak.json")
     arguments = parser.parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return make(Path(arguments.out), arguments.steps, arguments.seed, arguments.only_report)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing is left running", file=sys.stderr)
-        return 130
+    out = Path(arguments.out)
+    return ended_cleanly(
+        lambda: make(out, arguments.steps, arguments.seed, arguments.only_report),
+        "interrupted; nothing is left running",
+    )
 
 
 def make(out: Path, steps: int, seed: int, only_report: bool) -> int:

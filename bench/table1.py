@@ -291,16 +291,21 @@ def guarded(make: Callable[[argparse.Namespace], int], arguments: argparse.Names
             return 2
     # Several processes share the cores; and with one thread the numbers do not depend on how many there are.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # The runs have process groups of their own, so whatever ends this process has to end them too.
+    return ended_cleanly(lambda: make(arguments), "interrupted; the same command continues")
+
+
+def ended_cleanly(make: Callable[[], int], interrupted: str) -> int:
+    """`make()`; one message and status 2 for a user error, `interrupted` and status 130 for a signal."""
+    # Runs have process groups of their own, so whatever ends this process has to end them too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
-        return make(arguments)
+        return make()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 from soak_watch import LEASH
-from table1 import RESULTS, Outputs, write_outputs
+from table1 import RESULTS, Outputs, ended_cleanly, write_outputs
 from table1_report import check_markers, link_from, replace_block
 from teacher_memory_models import write_models
 from throughput_plan import (
@@ -189,21 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="of a run (default %(default)s)")
     parser.add_argument("--only-report", action="store_true", help="start nothing, report on OUT/throughput.json")
     arguments = parser.parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        make(Path(arguments.out), arguments.rounds, arguments.steps, arguments.only_report)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing is left running", file=sys.stderr)
-        return 130
-    return 0
+    out = Path(arguments.out)
+    return ended_cleanly(
+        lambda: make(out, arguments.rounds, arguments.steps, arguments.only_report),
+        "interrupted; nothing is left running",
+    )
 
 
-def make(out: Path, rounds: int, steps: int, only_report: bool) -> None:
-    """Measure unless told not to, and write."""
+def make(out: Path, rounds: int, steps: int, only_report: bool) -> int:
+    """Measure unless told not to, and write; 0."""
     record = out / "throughput.json"
     if only_report:
         if not record.is_file():
@@ -223,6 +217,7 @@ def make(out: Path, rounds: int, steps: int, only_report: bool) -> None:
     if whole:
         text = check_markers(README, BEGIN, END)
         write_atomically(README, replace_block(text, summary(data, link_from(README, outputs.json)), BEGIN, END))
+    return 0
 
 
 def check_arguments(out: Path, rounds: int, steps: int) -> None:

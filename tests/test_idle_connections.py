@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
 import pytest
-from test_requests import Client, Server, prompts_of
+from test_requests import Client, Route, Server, prompts_of
 
 from tcopd_fast.rollout.requests import IDLE_S
 
 
-class OncePerConnection(BaseHTTPRequestHandler):
+class OncePerConnection(Route):
     """Answers a connection's first request and keeps it open, but closes it on the second without an answer."""
 
     protocol_version = "HTTP/1.1"
     answered = 0
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         if self.answered:
             self.close_connection = True
             return
         self.answered += 1
-        token = body["token_ids"][0]
-        content = [{"token_id": token, "logprob": -1.0}]
-        choice = {
-            "token_ids": [token], "finish_reason": "stop", "logprobs": {"content": content},
-            "weight_versions": [{"version": "0"}],
-        }  # fmt: skip
-        answer = json.dumps({"choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.answer({body["token_ids"][0]: -1.0}, [0])
 
 
 @pytest.fixture

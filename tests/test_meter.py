@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler
 
-from test_requests import Server
+from test_requests import Route, Server
 
 from tcopd_fast.dist import free_port
 from tcopd_fast.rollout.meter import Meter
@@ -100,23 +98,11 @@ def test_meter_under_many_threads_loses_no_token():
 def test_dispatcher_reports_when_which_engine_had_requests():
     """Two engines of 30 ms a response and one that refuses connections, four requests."""
 
-    class Slow(BaseHTTPRequestHandler):
+    class Slow(Route):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            self.body()
             time.sleep(0.03)
-            content = [{"token_id": 7, "logprob": -1.0}, {"token_id": 8, "logprob": -1.0}]
-            choice = {
-                "token_ids": [7, 8], "logprobs": {"content": content}, "finish_reason": "stop",
-                "weight_versions": [{"version": "3"}],
-            }  # fmt: skip
-            answer = json.dumps({"choices": [choice]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *_: object) -> None:
-            pass
+            self.answer({7: -1.0, 8: -1.0}, [3])
 
     servers = [Server(("127.0.0.1", 0), Slow) for _ in range(2)]
     for server in servers:

@@ -27,6 +27,29 @@ class Server(ThreadingHTTPServer):
         """A client that closes while its answer is held back is part of the tests."""
 
 
+class Route(BaseHTTPRequestHandler):
+    """vLLM's generation route; `do_POST` says what is answered when."""
+
+    def body(self) -> dict:
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def answer(self, logprobs: dict[int, float], versions: list[int]) -> None:
+        """logprobs: of every token, in order. versions: of the weights they came from."""
+        choice = {
+            "token_ids": list(logprobs), "finish_reason": "stop",
+            "logprobs": {"content": [{"token_id": t, "logprob": p} for t, p in logprobs.items()]},
+            "weight_versions": [{"version": str(version)} for version in versions],
+        }  # fmt: skip
+        answer = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 class FakeEngine:
     """Answers vLLM's generation route at once, but holds back prompts whose first token is in `held`."""
 
@@ -37,28 +60,15 @@ class FakeEngine:
         self.changed = threading.Condition()
         engine = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Route):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 with engine.changed:
                     engine.bodies.append(body)
                     began = engine.version
                     engine.changed.notify_all()
                     engine.changed.wait_for(lambda: body["token_ids"][0] not in engine.held, 30)
-                token = body["token_ids"][0]
-                content = [{"token_id": token, "logprob": -1.0}, {"token_id": 9, "logprob": -2.0}]
-                choice = {
-                    "token_ids": [token, 9], "finish_reason": "stop", "logprobs": {"content": content},
-                    "weight_versions": [{"version": str(began)}, {"version": str(engine.version)}],
-                }  # fmt: skip
-                answer = json.dumps({"choices": [choice]}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_: object) -> None:
-                pass
+                self.answer({body["token_ids"][0]: -1.0, 9: -2.0}, [began, engine.version])
 
         self.server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

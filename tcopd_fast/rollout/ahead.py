@@ -33,7 +33,8 @@ class Ahead:
         self._engine, self._config, self._prompts_of, self._seed_of = engine, config, prompts_of, seed_of
         self._steps = steps
         self._ahead = config.staleness - bool(config.partial_share)
-        self._asked: set[int] = set()
+        self._asked: dict[int, int] = {}
+        """Step -> responses that were asked for."""
         self._ticket = Ticket()
 
     def take(self, step: int, on_finished: Callable[[Rollout], None]) -> list[Rollout]:
@@ -44,12 +45,11 @@ class Ahead:
         for later in range(step, min(step + self._ahead, self._steps - 1) + 1):
             if later not in self._asked:
                 self._ask(later)
-        count = len(self._prompts_of(step)) * self._config.samples_per_prompt
         return self._engine.collect(
             self._ticket,
             on_finished,
             batch=step,
-            unfinished=0 if step == self._steps - 1 else int(self._config.partial_share * count),
+            unfinished=0 if step == self._steps - 1 else int(self._config.partial_share * self._asked[step]),
             oldest=step - self._config.staleness,
         )
 
@@ -61,9 +61,10 @@ class Ahead:
         }
 
     def _ask(self, step: int) -> None:
-        self._asked.add(step)
+        prompts = self._prompts_of(step)
+        self._asked[step] = len(prompts) * self._config.samples_per_prompt
         self._engine.submit(
-            self._prompts_of(step),
+            prompts,
             samples=self._config.samples_per_prompt,
             max_new_tokens=self._config.max_new_tokens,
             temperature=self._config.temperature,
