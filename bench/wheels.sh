@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Collects what a bare CUDA machine with torch and transformers but no network still lacks for bench/gpu_suite.sh:
-#     bash bench/wheels.sh [FOLDER]          (default .whl; Linux x86-64, Python 3.12)
+#     [PYTHON_VERSION=3.12] bash bench/wheels.sh [FOLDER]          (default .whl; Linux x86-64)
 # Of verl only the kernels are used, which need torch alone. quack-kernels needs nvidia-cutlass-dsl, whose libraries
 # alone are 92 MB: it is measured where it is installed already.
 # deepspeed is published as source only; with DS_BUILD_OPS=0 its wheel is pure Python and compiles nothing here.
@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 FOLDER=${1:-.whl}
-PYTHON_VERSION=3.12
+PYTHON_VERSION=${PYTHON_VERSION:-3.12}
 LIMIT_MIB=60
 
 PACKAGES=(
@@ -17,6 +17,7 @@ PACKAGES=(
   omegaconf==2.4.0
   math-verify==0.9.0 latex2sympy2-extended==1.11.0 antlr4-python3-runtime==4.13.2
   datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
+  rich==15.0.0
   liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 verl==0.9.1
 )
 

@@ -12,6 +12,8 @@ import torch
 BACKENDS = ("auto", "triton", "torch", "reference")
 # AMD GPUs that the Triton kernels are compiled for, offline only: none has run on such a GPU yet.
 AMD_ARCHS = ("gfx90a", "gfx942")
+# Looked up here, because torch.compile of torch 2.11 cannot trace the call.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _MODULES = {"torch": "._torch", "triton": "._triton_forward"}
 _ELSEWHERE = {
@@ -45,7 +47,7 @@ def _triton_obstacle(tensor: torch.Tensor) -> str | None:
         return "the Triton kernels do not take float64"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {tensor.device}, and Triton needs a GPU"
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "the package triton is not installed"
     return gpu_obstacle(tensor.device) if tensor.is_cuda else None
 

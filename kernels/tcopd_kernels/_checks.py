@@ -8,6 +8,10 @@ from collections.abc import Sequence
 import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Asked once and here: torch.compile of torch 2.11 cannot look into the function.
+AUTOCAST_KINDS = tuple(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia") if torch.amp.is_autocast_available(kind)
+)
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -47,7 +51,7 @@ def follow_autocast(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.T
         check_plain_tensor(name, value)
         check_float_tensor(name, value)
     kind = hidden.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in AUTOCAST_KINDS or not torch.is_autocast_enabled(kind):
         return hidden, weight
     if torch.float64 in (hidden.dtype, weight.dtype):
         return hidden, weight
