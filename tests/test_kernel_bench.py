@@ -257,7 +257,7 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def made_up_run(**changes) -> report.Run:
+def made_up_run(device="CPU", **changes) -> report.Run:
     """One problem of low entropy; every target is met unless `changes` (provider, case: ratio) says otherwise."""
     ratios = {"gemm": 1.0, "eager": 3.2, "trl": 4.5, "ours_torch": 3.0, "ours_torch_tol": 1.5}
     rows = [
@@ -269,7 +269,8 @@ def made_up_run(**changes) -> report.Run:
         for case in (Case("logprob"), Case("logprob", backward=True), Case("loss", backward=True))
         for provider, ratio in ratios.items()
     ]  # fmt: skip
-    return report.Run({"rows": rows})
+    rows = [row for row in rows if row["ratio"] is not None]
+    return report.Run({"rows": rows, "device": device})
 
 
 def test_targets_are_judged_by_the_worst():
@@ -279,6 +280,18 @@ def test_targets_are_judged_by_the_worst():
     missed = report.targets_table(made_up_run(ours_torch_tol_loss_forward_backward=1.8, ours_torch_logprob_forward=1.3))
     assert missed.count("**no**") == 3  # forward, grad_tol, and 3.2 / 1.8 < 2
     assert "| 1.50, 1.80 G | **no** |" in missed
+
+
+def test_a_gpu_has_targets_of_its_own():
+    found = report.targets_table(made_up_run("NVIDIA H100", ours_torch_logprob_forward=1.2))
+    assert "| ≤ 1.15 G | 1.20 G | **no** |" in found and "| ≤ 3.3 G | 3.00, 3.00 G | yes |" in found
+    assert "| ≤ 1% | 3.1 – 3.1 % | **no** |" in found
+
+
+def test_a_target_that_time_did_not_allow_for_is_not_judged():
+    late = {f"{name}_{case}": None for name in ("ours_torch", "ours_torch_tol") for case in report.BACKWARD_CASES}
+    found = report.targets_table(made_up_run(**late))
+    assert found.count("| not measured | – |") == 3 and found.count("| yes |") == 2
 
 
 def test_tables_show_what_is_missing():
@@ -319,3 +332,18 @@ def test_plots_are_written_and_repeatable(tmp_path):
             draw(made_up_run(), tmp_path / name)
         assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
         assert b"<svg" in (tmp_path / "a.svg").read_bytes()
+
+
+def test_what_keeps_the_logits_of_a_large_problem_is_measured_alone():
+    large, small = Problem("random", 32768, 151936, 1024), Problem("random", 2048, 4096, 64)
+    heavy = {name for name in providers.PROVIDERS if memory.is_heavy((name, [(large, "logprob_forward_backward")]))}
+    assert {"eager", "compile"} <= heavy and not heavy & {"cce", "trl", "liger", *providers.OURS}
+    assert not memory.is_heavy(("eager", [(small, "logprob_forward_backward")]))
+
+
+def test_several_models_come_after_one_model_on_every_input():
+    problems = [TINY, Problem("peaked_low", 40, 300, 16), Problem("random", 50, 300, 16)]
+    work = kernel_bench.work_of(problems)
+    assert [problem for problem, _ in work] == [*problems, TINY]
+    assert not any(case.models for _, cases in work[:-1] for case in cases)
+    assert {case.name for _, cases in work for case in cases} == set(CASES)

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ PRELOADED = {
     "trl.trainer.utils": "trl",
 }  # fmt: skip
 WARM_UP_TOKENS = 4
-# Peaks of at most this many providers fit one GPU together.
-GPU_PROCESSES = 3
+# Providers that are measured side by side on one GPU, beside one of those that keep so much that two would not fit.
+LIGHT_PROCESSES = 2
+HEAVY_BYTES = 8 << 30
 
 
 def make_inputs(problem: Problem, device: torch.device, teachers: int, folder: Path) -> Inputs:
@@ -102,6 +103,8 @@ def in_fresh_processes(
 ) -> Iterator[dict[str, Any]]:
     """One row per (provider, job). CPU: a process each; GPU: one per provider, because compiling takes long there.
 
+    On a GPU a few run at a time, but of those that materialise the logits (by the theoretical figure) one.
+
     Children are forked from a server process that has imported everything and computed nothing. After the deadline
     (of time.monotonic) no child is started.
     """
@@ -131,9 +134,17 @@ def in_fresh_processes(
         finally:
             child.join()
 
-    with ThreadPoolExecutor(GPU_PROCESSES if cuda else 1) as pool:
-        for rows in pool.map(run, groups):
-            yield from rows
+    with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor(LIGHT_PROCESSES) as side_by_side:
+        pools = [side_by_side if cuda and not is_heavy(group) else alone for group in groups]
+        for done in as_completed([pool.submit(run, group) for pool, group in zip(pools, groups)]):
+            yield from done.result()
+
+
+def is_heavy(group: tuple[str, Sequence[Job]]) -> bool:
+    """Whether a job keeps more than HEAVY_BYTES beside inputs and results, as far as that is known; in bfloat16."""
+    name, jobs = group
+    sizes = [theory.extra_bytes(name, CASES[case], problem, 2) for problem, case in jobs]
+    return any(size is not None and size > HEAVY_BYTES for size in sizes)
 
 
 def _failed(name: str, jobs: Sequence[Job], key: str, reason: str) -> list[dict[str, Any]]:
