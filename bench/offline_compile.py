@@ -84,10 +84,13 @@ def inspect_ptx(ptx: str, ptxas_log: str) -> dict[str, Any]:
     if registers is None or spills is None:
         raise RuntimeError(f"no register counts in the ptxas log of triton {triton.__version__}:\n{ptxas_log}")
     wgmma = re.search(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)
     return {
         "registers": int(registers[1]),
         "spill_bytes": int(spills[1]) + int(spills[2]),
         "wgmma": wgmma[1] if wgmma else None,
+        # Groups of products still under way when the loop goes on: 0 means that loads and products take turns.
+        "wgmma_in_flight": max(map(int, waits), default=None) if wgmma else None,
         "tcgen05": "tcgen05.mma" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
         "mma_sync": "mma.sync" in ptx,
@@ -100,7 +103,7 @@ def inspect_amdgcn(asm: str) -> dict[str, Any]:
     if not all(counts.values()):
         raise RuntimeError(f"no register counts in the assembly of triton {triton.__version__}")
     vgprs, spilled = (int(match[1]) for match in counts.values() if match)
-    none_of = {"wgmma": None, "tcgen05": False, "tma": False, "mma_sync": False}
+    none_of = {"wgmma": None, "wgmma_in_flight": None, "tcgen05": False, "tma": False, "mma_sync": False}
     return {"registers": vgprs, "spill_bytes": 4 * spilled, **none_of, "mfma": "v_mfma" in asm}
 
 

@@ -32,7 +32,7 @@ def test_sm90_kernels_use_wgmma_and_tma_without_spills(tmp_path):
     assert {"forward_kernel", "dlogits_kernel"} <= set(kernels)
     for row in report["rows"]:
         assert row["hot"] and row["spill_bytes"] == 0 and 0 < row["registers"] <= 255
-        assert row["wgmma"].startswith("m64n") and row["tma"]
+        assert row["wgmma"].startswith("m64n") and row["tma"] and row["wgmma_in_flight"] == 1
         assert 0 < row["shared_bytes"] <= 227 * 1024
 
 
