@@ -84,7 +84,7 @@ print(" ".join(wheel for module, wheel in WHEELS.items() if find_spec(module) is
 PY
 }
 MISSING=$(missing_wheels)
-# trainer_step NAME SECONDS COMMAND…: a step that needs them.
+# trainer_step NAME SECONDS COMMAND…: a step that needs them, if only to say what it ran on.
 trainer_step() {
   if [ -n "$MISSING" ]; then
     step "$1" 10 sh -c 'echo "error: missing wheels: $1 (collect them with bench/wheels.sh)"; exit 3' sh "$MISSING"
@@ -102,14 +102,14 @@ kernels() {
   trainer_step demo "$(limit 130)" "$PYTHON" -m tcopd_fast.cli demo --out "$WORK/demo" ${DRY_RUN:+--steps 1}
   # The benchmark takes what is left, and reports the cases that it did not come to.
   left=$([ -n "$DRY_RUN" ] && echo 400 || echo $((total - SECONDS)))
-  step kernel_bench "$left" "${INTERPRET[@]}" "$PYTHON" bench/kernel_bench.py --budget-s $((left - 30)) \
+  trainer_step kernel_bench "$left" "${INTERPRET[@]}" "$PYTHON" bench/kernel_bench.py --budget-s $((left - 30)) \
     $([ -n "$DRY_RUN" ] && echo --shapes tiny --rounds 2 || echo --shapes full --rounds 5) --json "$OUT/kernels_gpu.json"
 }
 
 checks() {
-  step kernel_profile "$(limit 150)" "${INTERPRET[@]}" "$PYTHON" bench/kernel_profile.py \
-    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 120 --ncu) --json "$OUT/kernel_profile_gpu.json"
-  step sanitize "$(limit 330)" "$PYTHON" bench/sanitize.py \
+  trainer_step kernel_profile "$(limit 180)" "${INTERPRET[@]}" "$PYTHON" bench/kernel_profile.py \
+    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 150 --ncu) --json "$OUT/kernel_profile_gpu.json"
+  trainer_step sanitize "$(limit 330)" "$PYTHON" bench/sanitize.py \
     $([ -n "$DRY_RUN" ] && echo --dry-run || echo --budget-s 300) --json "$OUT/sanitize_gpu.json"
 }
 
@@ -119,7 +119,7 @@ models() {
   trainer_step teacher_memory "$(limit 100)" "$PYTHON" bench/teacher_memory.py --no-steps --out "$WORK/teachers" \
     $([ -n "$DRY_RUN" ] && echo --tiny --teachers 0,1 || echo --device cuda --teachers 0,1,4 --jobs 6) \
     --json "$OUT/teacher_memory_gpu.json"
-  step multi_launch "$(limit 45)" "${INTERPRET[@]}" "$PYTHON" bench/multi_launch.py \
+  trainer_step multi_launch "$(limit 45)" "${INTERPRET[@]}" "$PYTHON" bench/multi_launch.py \
     ${DRY_RUN:+--tiny --rounds 2} --json "$OUT/multi_launch_gpu.json"
 }
 
