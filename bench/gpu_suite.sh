@@ -25,7 +25,10 @@ OUT=${OUT:-$([ -n "$DRY_RUN" ] && echo runs/gpu_suite || echo bench/results)}
 mkdir -p "$OUT" || exit 1
 OUT=$(realpath "$OUT")
 LOG="$OUT/gpu_$PART.log"
-WORK=$(mktemp -d)
+# Relative, because commands stand in the results.
+WORK=runs/gpu_work
+rm -rf "$WORK"
+mkdir -p "$WORK" || exit 1
 trap 'rm -rf "$WORK"' EXIT
 case $PART in
   kernels) RESULTS=(kernels_gpu demo_gpu gpu_kernels) ;;
@@ -50,7 +53,7 @@ elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 fi
 
 STEPS="$WORK/steps.tsv"
-# step NAME SECONDS COMMAND…: runs it under a timeout, output to the log and the end of it here.
+# step NAME SECONDS COMMAND…: runs it under a timeout, output to the log and the end of it here, results to OUT.
 step() {
   local name=$1 limit=$2 began=$SECONDS status
   shift 2
@@ -59,6 +62,7 @@ step() {
   status=$?
   printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - began))" >>"$STEPS"
   cat "$WORK/$name.log" >>"$LOG"
+  find "$WORK" -maxdepth 1 -name '*_gpu.json' -exec mv -t "$OUT" {} +
   tail -n 40 "$WORK/$name.log"
 }
 
@@ -96,31 +100,31 @@ trainer_step() {
 kernels() {
   local workers=() total=470 left
   # Compiling takes most of the tests' time, and the card is large enough for several of them.
-  [ -z "$DRY_RUN" ] && "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6)
-  step gpu_tests "$(limit 150)" env ${DRY_RUN:+TCOPD_GPU_REHEARSAL=1} \
-    "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider "${workers[@]}" --junitxml "$WORK/gpu_tests.xml"
+  [ -z "$DRY_RUN" ] && "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  step gpu_tests "$(limit 180)" "${INTERPRET[@]}" "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider \
+    --continue-on-collection-errors "${workers[@]}" --junitxml "$WORK/gpu_tests.xml"
   trainer_step demo "$(limit 130)" "$PYTHON" -m tcopd_fast.cli demo --out "$WORK/demo" ${DRY_RUN:+--steps 1}
   # The benchmark takes what is left, and reports the cases that it did not come to.
   left=$([ -n "$DRY_RUN" ] && echo 400 || echo $((total - SECONDS)))
   trainer_step kernel_bench "$left" "${INTERPRET[@]}" "$PYTHON" bench/kernel_bench.py --budget-s $((left - 30)) \
-    $([ -n "$DRY_RUN" ] && echo --shapes tiny --rounds 2 || echo --shapes full --rounds 5) --json "$OUT/kernels_gpu.json"
+    $([ -n "$DRY_RUN" ] && echo --shapes tiny --rounds 2 || echo --shapes full --rounds 5) --json "$WORK/kernels_gpu.json"
 }
 
 checks() {
   trainer_step kernel_profile "$(limit 180)" "${INTERPRET[@]}" "$PYTHON" bench/kernel_profile.py \
-    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 150 --ncu) --json "$OUT/kernel_profile_gpu.json"
+    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 150 --ncu) --json "$WORK/kernel_profile_gpu.json"
   trainer_step sanitize "$(limit 330)" "$PYTHON" bench/sanitize.py \
-    $([ -n "$DRY_RUN" ] && echo --dry-run || echo --budget-s 300) --json "$OUT/sanitize_gpu.json"
+    $([ -n "$DRY_RUN" ] && echo --dry-run || echo --budget-s 300) --json "$WORK/sanitize_gpu.json"
 }
 
 models() {
   trainer_step midsize "$(limit 400)" "$PYTHON" bench/midsize.py --out "$WORK/midsize" \
-    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 380) --json "$OUT/midsize_gpu.json"
+    $([ -n "$DRY_RUN" ] && echo --tiny || echo --budget-s 380) --json "$WORK/midsize_gpu.json"
   trainer_step teacher_memory "$(limit 100)" "$PYTHON" bench/teacher_memory.py --no-steps --out "$WORK/teachers" \
     $([ -n "$DRY_RUN" ] && echo --tiny --teachers 0,1 || echo --device cuda --teachers 0,1,4 --jobs 6) \
-    --json "$OUT/teacher_memory_gpu.json"
+    --json "$WORK/teacher_memory_gpu.json"
   trainer_step multi_launch "$(limit 45)" "${INTERPRET[@]}" "$PYTHON" bench/multi_launch.py \
-    ${DRY_RUN:+--tiny --rounds 2} --json "$OUT/multi_launch_gpu.json"
+    ${DRY_RUN:+--tiny --rounds 2} --json "$WORK/multi_launch_gpu.json"
 }
 
 "$PYTHON" bench/gpu_summary.py about | tee -a "$LOG"

@@ -1,4 +1,7 @@
-"""flash-attn's varlen kernels against packed SDPA on a GPU: the same logprobs and gradients, in bfloat16."""
+"""flash-attn's varlen kernels against packed SDPA on a GPU: the same logprobs and gradients, in bfloat16.
+
+In a rehearsal SDPA takes the place of flash-attn, which has no CPU kernels.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import importlib.util
 
 import pytest
 import torch
+from gpu_mode import DEVICE as DEVICE_TYPE
+from gpu_mode import REHEARSAL, sized
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tcopd_fast.models import load_causal_lm
 from tcopd_fast.packing import pack
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn"),
-]
-DEVICE = torch.device("cuda", 0)
+pytestmark = pytest.mark.skipif(
+    not REHEARSAL and importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn"
+)
+DEVICE = torch.device(DEVICE_TYPE, 0)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +57,10 @@ def test_flash_attention_is_as_near_the_truth_as_sdpa(checkpoint):
     """Against float32 with SDPA. Bounds: 0.02 nats per token in the mean; gradients' relative error 5 % for each
     parameter, and no more than twice SDPA's own in bfloat16 (plus 0.5 %)."""
     truth, gradients = learn(checkpoint, "float32", "sdpa")
-    results = {name: learn(checkpoint, "bfloat16", name) for name in ("sdpa", "flash_attention_2")}
+    attentions = {"sdpa": "sdpa", "flash": sized("flash_attention_2", "sdpa")}
+    results = {name: learn(checkpoint, "bfloat16", attention) for name, attention in attentions.items()}
     for name, (logprob_N, _) in results.items():
         assert (logprob_N - truth).abs().mean() < 0.02, name
     for name, expected in gradients.items():
-        sdpa, flash = (error(results[kind][1][name], expected) for kind in ("sdpa", "flash_attention_2"))
+        sdpa, flash = (error(results[kind][1][name], expected) for kind in attentions)
         assert flash < 0.05 and flash < 2 * sdpa + 0.005, (name, sdpa, flash)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from gpu_mode import DEVICE as DEVICE_TYPE
+from gpu_mode import REHEARSAL, sized
 from safetensors.torch import save_file
 from test_models import config_for, rollouts
 from tiny import make_tokenizer
@@ -14,17 +16,14 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tcopd_fast.dist import World
 from tcopd_fast.models import check_models
-from tcopd_fast.scoring import Scorer, delta
+from tcopd_fast.scoring import Scorer, delta, placement
 from tcopd_fast.scoring.streamed import StreamedCausalLM
-from tcopd_fast.scoring.weights import PinnedWeights
+from tcopd_fast.scoring.weights import MappedWeights, PinnedWeights
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-DEVICE = torch.device("cuda", 0)
-LAYERS = 8
-LENGTHS = (100, 300, 170, 250, 40, 390, 220, 10)
+DEVICE = torch.device(DEVICE_TYPE, 0)
+HIDDEN, INTERMEDIATE, VOCAB, LAYERS = sized((1024, 4096, 4096, 8), (64, 128, 64, 3))
+LENGTHS = sized((100, 300, 170, 250, 40, 390, 220, 10), (10, 30, 17, 25, 4, 39, 22, 1))
+PER_FORWARD, PER_TRIP = sized((500, 1200), (60, 130))
 # About 10 ms on a GPU: much longer than a layer's copy or computation here.
 LATE = 20_000_000
 
@@ -34,9 +33,9 @@ def checkpoints(tmp_path_factory):
     """Three bfloat16 models of 8 layers, about 250 MB each, and a small bfloat16 change of the first as a delta."""
     root = tmp_path_factory.mktemp("checkpoints")
     shape = Qwen3Config(
-        vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=LAYERS, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=128, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=1,
-        pad_token_id=0,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=HIDDEN // 8, max_position_embeddings=1024,
+        tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     for seed, name in enumerate(("student", "expert", "anti")):
         torch.manual_seed(seed)
@@ -51,6 +50,18 @@ def checkpoints(tmp_path_factory):
     make_tokenizer().save_pretrained(root / "tuned")
     delta.make(str(root / "student"), str(root / "tuned"), root / "delta")
     return root
+
+
+@pytest.fixture(autouse=REHEARSAL)
+def pinned_without_a_gpu(monkeypatch):
+    """In a rehearsal offloaded models take the weights of a GPU, in memory that is called pinned."""
+
+    def source(folder, dtype, device):
+        return (MappedWeights if dtype is None else PinnedWeights)(folder, dtype, device)
+
+    monkeypatch.setattr(placement, "MappedWeights", source)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +81,7 @@ def scorer_of(tiny, tmp_path, checkpoints, place="resident", student="student", 
             "expert": {"path": str(checkpoints / expert), **options},
             "anti": {"path": str(checkpoints / "anti")},
         },
-        scoring={"placement": place, "max_tokens_per_forward": 500, "max_tokens_per_trip": 1200},
+        scoring={"placement": place, "max_tokens_per_forward": PER_FORWARD, "max_tokens_per_trip": PER_TRIP},
     )
     return Scorer(config, check_models(config), World(0, 1, DEVICE))
 
@@ -82,8 +93,8 @@ def scores(scorer, lambdas=None):
 
 def poison():
     """Fill memory that the allocator will hand out next with NaN, so that a read before its copy shows."""
-    blocks = [torch.full((1024, 4096), float("nan"), dtype=torch.bfloat16, device=DEVICE) for _ in range(64)]
-    blocks += [torch.full((1024, 1024), float("nan"), dtype=torch.bfloat16, device=DEVICE) for _ in range(64)]
+    blocks = [torch.full((HIDDEN, INTERMEDIATE), float("nan"), dtype=torch.bfloat16, device=DEVICE) for _ in range(64)]
+    blocks += [torch.full((HIDDEN, HIDDEN), float("nan"), dtype=torch.bfloat16, device=DEVICE) for _ in range(64)]
     del blocks
 
 
@@ -133,7 +144,7 @@ def test_a_group_that_was_announced_and_not_asked_for_spoils_nothing(checkpoints
         source.prefetch(names[:1])
         source.prefetch([name])
         # Takes the memory of the first; a copy still under way would change it.
-        scratch = [torch.zeros(4096, 1024, dtype=torch.bfloat16, device=DEVICE) for _ in range(4)]
+        scratch = [torch.zeros(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16, device=DEVICE) for _ in range(4)]
         loaded = source.load([name])
         assert torch.equal(loaded[name].cpu(), source.host[name])
         torch.cuda.synchronize(DEVICE)
@@ -155,7 +166,7 @@ def test_an_adapter_scores_alike_on_a_resident_and_an_offloaded_base(tiny, tmp_p
     generator = torch.Generator().manual_seed(0)
     factors = {}
     for i in range(LAYERS):
-        for name, rows, columns in (("self_attn.q_proj", 1024, 1024), ("mlp.down_proj", 1024, 4096)):
+        for name, rows, columns in (("self_attn.q_proj", HIDDEN, HIDDEN), ("mlp.down_proj", HIDDEN, INTERMEDIATE)):
             key = f"base_model.model.model.layers.{i}.{name}"
             factors[f"{key}.lora_A.weight"] = torch.randn(8, columns, generator=generator) * 0.02
             factors[f"{key}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) * 0.02
@@ -183,6 +194,6 @@ def test_offloaded_models_take_the_memory_of_two_layers_however_many_they_are(ti
         scores(scorer, lambdas)
         return torch.cuda.max_memory_allocated(DEVICE) - before
 
-    assert weights > 200 << 20
+    assert weights > sized(200 << 20, 100 << 10)
     assert peak(one) < 0.5 * weights
     assert peak(three) < peak(one) + 0.01 * weights

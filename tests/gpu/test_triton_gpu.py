@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from gpu_mode import DEVICE, DTYPES, GRAD_LIMIT, HALF, HALVES, sized
 from tcopd_kernels import linear_logprob, reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-SHAPES_NVD = [
-    (1, 5, 8),
-    (13, 1000, 96),
-    (64, 4099, 72),
-    (200, 50257, 768),
-    (515, 32003, 136),
-    (333, 2048, 101),
-]
+SHAPES_NVD = sized(
+    [(1, 5, 8), (13, 1000, 96), (64, 4099, 72), (200, 50257, 768), (515, 32003, 136), (333, 2048, 101)],
+    [(1, 5, 8), (13, 100, 40), (37, 131, 29)],
+)
 OPTIONS: dict[str, dict] = {
     "plain": {},
     "all": {"bias": True, "temperature": 0.7, "softcap": 10.0, "entropy": True},
@@ -26,11 +21,11 @@ OPTIONS: dict[str, dict] = {
 
 
 def make_inputs(N, V, D, dtype, bias=False):
-    gen = torch.Generator("cuda").manual_seed(N + V + D)
-    hidden = torch.randn(N, D, generator=gen, device="cuda").to(dtype)
-    weight = (torch.randn(V, D, generator=gen, device="cuda") * 2 / D**0.5).to(dtype)
-    targets = torch.randint(0, V, (N,), generator=gen, device="cuda")
-    return hidden, weight, targets, torch.randn(V, generator=gen, device="cuda").to(dtype) if bias else None
+    gen = torch.Generator(DEVICE).manual_seed(N + V + D)
+    hidden = torch.randn(N, D, generator=gen, device=DEVICE).to(dtype)
+    weight = (torch.randn(V, D, generator=gen, device=DEVICE) * 2 / D**0.5).to(dtype)
+    targets = torch.randint(0, V, (N,), generator=gen, device=DEVICE)
+    return hidden, weight, targets, torch.randn(V, generator=gen, device=DEVICE).to(dtype) if bias else None
 
 
 def outputs_and_grads(function, hidden, weight, targets, bias, **options):
@@ -39,8 +34,8 @@ def outputs_and_grads(function, hidden, weight, targets, bias, **options):
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
     out = function(leaves["hidden"], leaves["weight"], targets, bias=leaves.get("bias"), **options)
     outputs = {name: value for name, value in out._asdict().items() if value is not None}
-    gen = torch.Generator("cuda").manual_seed(1)
-    upstream = [torch.randn(len(targets), generator=gen, device="cuda") for _ in outputs]
+    gen = torch.Generator(DEVICE).manual_seed(1)
+    upstream = [torch.randn(len(targets), generator=gen, device=DEVICE) for _ in outputs]
     loss = sum((value * grad).sum() for value, grad in zip(outputs.values(), upstream, strict=True))
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {name: value.detach() for name, value in outputs.items()} | {
@@ -63,14 +58,13 @@ def relative_error(found, exact):
 
 def assert_accurate(found, exact, dtype):
     """Outputs to fp32 accuracy; gradients to twice the rounding of the input dtype."""
-    grad_limit = {torch.float32: 5e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
     for name, value in exact.items():
-        limit = grad_limit if name.startswith("grad_") else 5e-6
+        limit = GRAD_LIMIT[dtype] if name.startswith("grad_") else 5e-6
         error = relative_error(found[name], value)
         assert error <= limit, f"{name}: relative error {error:.3g}, limit {limit:.3g}"  # false for NaN
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES_NVD, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_matches_float64(shape, options, dtype):
@@ -79,14 +73,15 @@ def test_matches_float64(shape, options, dtype):
     assert_accurate(run_triton(*inputs, **options), run_wide(*inputs, **options), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
 def test_unaligned_base_and_strided_rows(dtype):
     """A base one element off a 16-byte boundary takes the pointer path; a padded row stride keeps TMA."""
-    hidden, weight, targets, _ = make_inputs(200, 3001, 128, dtype)
+    N, _, D = shape = sized((200, 3001, 128), (20, 131, 32))
+    hidden, weight, targets, _ = make_inputs(*shape, dtype)
     exact = run_wide(hidden, weight, targets, None, entropy=True)
     for offset, padding in ((1, 7), (0, 64)):
-        store = torch.full((200, 128 + padding + offset), float("nan"), dtype=dtype, device="cuda")
-        view = store[:, offset : offset + 128]
+        store = torch.full((N, D + padding + offset), float("nan"), dtype=dtype, device=DEVICE)
+        view = store[:, offset : offset + D]
         view.copy_(hidden)
         with torch.no_grad():
             out = linear_logprob(view, weight, targets, entropy=True, backend="triton")
@@ -99,9 +94,9 @@ def test_every_tile_agrees(monkeypatch, compact):
     """The timed candidates, flattened and specialised ones among them, differ only in the order of their sums."""
     from tcopd_kernels import _triton_backward, _triton_forward, _triton_tiles
 
-    inputs = make_inputs(515, 5003, 264, torch.bfloat16)
+    inputs = make_inputs(*sized((515, 5003, 264), (35, 300, 40)), HALF)
     exact = run_wide(*inputs, entropy=not compact)
-    arch, _, shared = _triton_tiles.device_limits(inputs[0].device)
+    arch, _, shared = sized(_triton_tiles.device_limits(inputs[0].device), (90, 132, 227 << 10))
     families = (_triton_tiles.forward_tiles, _triton_tiles.dlogits_tiles)
     tiles = {t for family in families for N in (16, 64, 8192) for t in family(arch, 2, N, True, compact)}
     tested = 0
@@ -112,14 +107,14 @@ def test_every_tile_agrees(monkeypatch, compact):
             monkeypatch.setattr(module, "pick_tile", lambda *args, tile=tile, **kwargs: tile)
         # A tolerance that no row of this flat problem meets: bounds and row masses are computed, the result is exact.
         found = run_triton(*inputs, entropy=not compact, grad_tol=2.0**-8 if compact else 0.0)
-        assert_accurate(found, exact, torch.bfloat16)
+        assert_accurate(found, exact, HALF)
         tested += 1
     assert tested >= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_bitwise_repeatable(dtype):
-    inputs = make_inputs(515, 32003, 264, dtype, bias=True)
+    inputs = make_inputs(*sized((515, 32003, 264), (35, 131, 40)), dtype, bias=True)
     run_triton(*inputs, entropy=True)  # the tile is chosen here
     first = run_triton(*inputs, entropy=True)
     second = run_triton(*inputs, entropy=True)
@@ -129,19 +124,21 @@ def test_bitwise_repeatable(dtype):
 def test_backward_over_several_chunks_stays_in_its_workspace(monkeypatch):
     from tcopd_kernels import _triton_backward
 
-    inputs = make_inputs(515, 32003, 264, torch.bfloat16, bias=True)
+    N, V, _ = shape = sized((515, 32003, 264), (20, 1100, 16))
+    inputs = make_inputs(*shape, HALF, bias=True)
     whole = run_triton(*inputs)
-    monkeypatch.setattr(_triton_backward, "WORKSPACE_BYTES", 1 << 21)
-    chunk = _triton_backward.chunk_columns(515, 32003, 2)
-    assert chunk < 32003 / 8
+    monkeypatch.setattr(_triton_backward, "WORKSPACE_BYTES", sized(1 << 21, 1))
+    monkeypatch.setattr(_triton_backward, "MIN_CHUNK", sized(_triton_backward.MIN_CHUNK, 128))
+    chunk = _triton_backward.chunk_columns(N, V, 2)
+    assert chunk < V / 8
     chunked = run_triton(*inputs)
     for name in whole:
         assert relative_error(chunked[name], whole[name]) < 1e-3, name
 
 
 def test_memory_is_far_below_the_logits():
-    N, V, D = 4096, 131072, 512
-    hidden, weight, targets, _ = make_inputs(N, V, D, torch.bfloat16)
+    N, V, D = sized((4096, 131072, 512), (20, 131, 32))
+    hidden, weight, targets, _ = make_inputs(N, V, D, HALF)
     hidden.requires_grad_()
     linear_logprob(hidden, weight, targets, backend="triton").logprob.sum().backward()
     torch.cuda.synchronize()
@@ -154,45 +151,58 @@ def test_memory_is_far_below_the_logits():
 
 
 @pytest.mark.parametrize("grad_tol", [0.0, 2.0**-6])
-def test_weight_with_more_than_two_to_the_31_elements(grad_tol):
-    """Offsets of the last rows do not fit 32 bits. The pointer path is forced by an odd hidden size.
+def test_weight_with_more_than_two_to_the_31_elements(bounds_in_proportion, grad_tol):
+    """Offsets of the last rows do not fit 32 bits, in the weight and its gradient. The pointer path is forced by an odd
+    hidden size.
 
     With a tolerance the last columns hold nearly all mass, and compaction keeps only some of them.
     """
-    D = 4097
-    V = (1 << 31) // D + 1000
-    if torch.cuda.mem_get_info()[0] < 2.2 * V * D * 2:
-        pytest.skip("needs about 10 GB of free GPU memory")
-    weight = torch.zeros(V, D, dtype=torch.bfloat16, device="cuda")
-    tail = 512
-    gen = torch.Generator("cuda").manual_seed(0)
-    weight[-tail:] = torch.randn(tail, D, generator=gen, device="cuda") / (4 if grad_tol else 16)
-    hidden = torch.randn(33, D, generator=gen, device="cuda").bfloat16()
-    targets = torch.arange(V - 33, V, device="cuda")
-    hidden_leaf, certificate = hidden.clone().requires_grad_(), {}
-    out = linear_logprob(hidden_leaf, weight, targets, backend="triton", grad_tol=grad_tol, certificate=certificate)
-    out.logprob.sum().backward()
+    D = sized(4097, 33)
+    V = sized((1 << 31) // D + 1000, 1300)
+    if torch.cuda.mem_get_info()[0] < 2.5 * V * D * 2:
+        pytest.skip("needs about 11 GB of free GPU memory")
+    weight = torch.zeros(V, D, dtype=HALF, device=DEVICE)
+    tail = sized(512, 128)
+    gen = torch.Generator(DEVICE).manual_seed(0)
+    weight[-tail:] = torch.randn(tail, D, generator=gen, device=DEVICE) / (sized(4, 0.4) if grad_tol else 16)
+    hidden = torch.randn(33, D, generator=gen, device=DEVICE).to(HALF)
+    targets = torch.arange(V - 33, V, device=DEVICE)
+    leaves, certificate = (hidden.clone().requires_grad_(), weight.requires_grad_()), {}
+    out = linear_logprob(*leaves, targets, backend="triton", grad_tol=grad_tol, certificate=certificate)
+    grad_hidden, grad_weight = torch.autograd.grad(out.logprob.sum(), leaves)
+    weight.requires_grad_(False)
 
     h = hidden.double().requires_grad_()
     z = h @ weight[-tail:].double().T
-    zeros = torch.zeros(33, 1, dtype=torch.float64, device="cuda")
+    zeros = torch.zeros(33, 1, dtype=torch.float64, device=DEVICE)
     count = torch.log(torch.tensor(float(V - tail), dtype=torch.float64))
-    lse = torch.logsumexp(torch.cat([z, zeros + count.to("cuda")], dim=1), dim=1)
+    lse = torch.logsumexp(torch.cat([z, zeros + count.to(DEVICE)], dim=1), dim=1)
     logprob = z[:, -33:].diagonal() - lse
     logprob.sum().backward()
     assert relative_error(out.logprob.detach(), logprob.detach()) < 5e-6
-    allowed = certificate["dropped_mass_max"].item() * weight[-tail:].double().norm(dim=1).max()
-    error = (hidden_leaf.grad.double() - h.grad).norm(dim=1)
+    dropped = certificate["dropped_mass_max"].item()
+    allowed = dropped * weight[-tail:].double().norm(dim=1).max()
+    error = (grad_hidden.double() - h.grad).norm(dim=1)
     assert (error <= allowed + 2.0**-7 * h.grad.norm(dim=1)).all()
+
+    h, z, lse = h.detach(), z.detach(), lse.detach()
+    dz = -torch.exp(z - lse[:, None])
+    dz[:, -33:] += torch.eye(33, device=DEVICE)
+    true_tail, true_other = dz.T @ h, -(torch.exp(-lse) @ h)  # all rows that are zero have one gradient
+    allowed = dropped * h.norm(dim=1).sum()
+    assert (grad_weight[-tail:].double() - true_tail).norm() <= allowed + 2.0**-7 * true_tail.norm()
+    for part in grad_weight[:-tail].split(8192):
+        size = true_other.norm() * len(part) ** 0.5
+        assert (part.double() - true_other).norm() <= (allowed + size if grad_tol else 2.0**-6 * size)
     if grad_tol:
         assert certificate["dense_row_count"] < 33 and certificate["kept_column_sum"] < 33 * V / 4
 
 
 def test_outputs_on_a_device_that_is_not_current():
-    if torch.cuda.device_count() < 2:
+    if sized(torch.cuda.device_count(), 2) < 2:
         pytest.skip("needs two GPUs")
-    inputs = [None if x is None else x.to("cuda:1") for x in make_inputs(33, 515, 64, torch.bfloat16)]
-    with torch.cuda.device(0):
+    inputs = [None if x is None else x.to(sized("cuda:1", "cpu")) for x in make_inputs(33, 515, 64, HALF)]
+    with sized(torch.cuda.device(0), nullcontext()):
         found = linear_logprob(inputs[0], inputs[1], inputs[2], backend="triton").logprob
     exact = reference.linear_logprob(inputs[0].double(), inputs[1].double(), inputs[2]).logprob
     assert relative_error(found, exact) < 5e-6
