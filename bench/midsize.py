@@ -2,6 +2,8 @@
 
     python bench/midsize.py [--out runs/midsize] [--shapes qwen3_0.6b,qwen3_4b] [--teachers 1,2,4]
                             [--placements resident,offload,delta,lora] [--tokens 16384] [--budget-s 280] [--tiny]
+    python bench/midsize.py --predict [--shapes …] [--teachers …] [--placements …] [--tokens …]
+    python bench/midsize.py --report
 
 For every shape, placement and number of teachers a fresh process trains a student of random weights for three steps, of
 which the last two count: the trainer's own Scorer, reward, batch and Learner (DeepSpeed ZeRO-1 on one rank, gradient
@@ -16,6 +18,10 @@ Cells are begun in the order of what they tell until --budget-s seconds have pas
 in time, is reported as skipped. Running out of GPU memory is a result. A run on a GPU with the arguments left as they
 are writes bench/results/midsize_gpu.json, the figure beside it and the tables of docs/performance.md and the README;
 any other one writes its JSON to OUT. --tiny does everything with models of 0.6 MB, on a CPU too.
+
+--predict runs nothing and needs neither GPU nor weights: what `tcopd plan` says of every cell on one H100 of 80 GB goes
+to bench/results/midsize_predicted.json. Its table stands in docs/performance.md until there is a measurement, which has
+measured over predicted in a table of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ from typing import Any
 import torch
 from midsize_models import SHAPES, TINY
 from midsize_plan import PLACEMENTS, Cell, config_tree, plan, predict, sizes
+from midsize_predict import block, predictions
 from midsize_report import BEGIN, END, README_BEGIN, README_END, cell_line, insert, markdown, summary
 from table1 import ended_cleanly
 from teacher_memory_plan import child_environment
@@ -43,7 +50,7 @@ from tcopd_fast.rundir import environment, write_atomically
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-RESULT = HERE / "results" / "midsize_gpu.json"
+RESULT, PREDICTED = HERE / "results" / "midsize_gpu.json", HERE / "results" / "midsize_predicted.json"
 DOC, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 DEFAULT_SHAPES, COUNTS, TOKENS = ("qwen3_0.6b", "qwen3_4b"), (1, 2, 4), 16384
 TINY_COUNTS, TINY_TOKENS = (1, 2), 64
@@ -112,7 +119,7 @@ class Bench:
         self.broken: dict[str, str] = {}
         self.cells = plan(arguments.shapes, arguments.teachers, arguments.placements)
         self.data: dict[str, Any] = {
-            "environment": about | {"command": f"python bench/{about['command']}"},
+            "environment": about,
             "device": "cuda" if self.on_gpu else "cpu",
             "device_bytes": self.memory,
             "tiny": arguments.tiny,
@@ -212,19 +219,39 @@ class Bench:
         return f"ended with status {made.returncode}:\n{tail}"
 
 
+def blocks() -> list[tuple[Path, str, str, str]]:
+    """(document, its block, markers) from bench/results: of the measurement, until there is one of the prediction.
+    Raises UserError when there is neither."""
+    if RESULT.is_file():
+        data, link = json.loads(RESULT.read_text()), f"bench/results/{RESULT.name}"
+        tables = markdown(data, f"../{link}", f"../{link.replace('.json', '.svg')}")
+        return [(DOC, tables, BEGIN, END), (README, summary(data, link), README_BEGIN, README_END)]
+    if PREDICTED.is_file():
+        data = json.loads(PREDICTED.read_text())
+        return [(DOC, block(data, f"../bench/results/{PREDICTED.name}"), BEGIN, END)]
+    raise UserError(f"--report: there is neither {RESULT} nor {PREDICTED}; run on a GPU, or with --predict, first")
+
+
 def report() -> None:
     """Figure, tables and the README's paragraph from bench/results. Raises UserError when there is nothing."""
-    from midsize_figure import draw
+    found = blocks()
+    if RESULT.is_file():
+        from midsize_figure import draw
 
-    if not RESULT.is_file():
-        raise UserError(f"--report: there is no {RESULT}; run without --report on a GPU first")
-    data = json.loads(RESULT.read_text())
-    draw(data, RESULT.with_suffix(".svg"))
-    link = f"bench/results/{RESULT.name}"
-    inserted = insert(DOC, markdown(data, f"../{link}", f"../{link.replace('.json', '.svg')}"), BEGIN, END)
-    inserted &= insert(README, summary(data, link), README_BEGIN, README_END)
-    if not inserted:
-        print(f"note: {DOC.name} needs the lines {BEGIN} and {END}, README.md {README_BEGIN} and {README_END}")
+        draw(json.loads(RESULT.read_text()), RESULT.with_suffix(".svg"))
+    for doc, text, begin, end in found:
+        if not insert(doc, text, begin, end):
+            print(f"note: {doc.name} has no lines {begin} and {end}; nothing was written there")
+
+
+def predict_all(arguments: argparse.Namespace, about: dict[str, Any]) -> int:
+    """The JSON of --predict and its table."""
+    data = predictions(about, arguments.shapes, arguments.teachers, arguments.placements, arguments.tokens)
+    write_atomically(arguments.file, json.dumps(data, indent=1) + "\n")
+    print(block(data, arguments.file.name))
+    if arguments.file.resolve() == PREDICTED:
+        report()
+    return 0
 
 
 def words(valid: Sequence[str], what: str) -> Any:
@@ -261,15 +288,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="S", help="default %(default)s")
     parser.add_argument("--tiny", action="store_true", help="models of 0.6 MB: shows that everything works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default bench/results; OUT for a reduced run")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write figure and tables again")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--predict", action="store_true", help="measure nothing, write what `tcopd plan` says of it")
+    only.add_argument("--report", action="store_true", help="measure nothing, write figure and tables again")
     arguments = parser.parse_args(argv)
     given = (arguments.shapes, arguments.teachers, arguments.placements, arguments.tokens)
-    reduced = arguments.tiny or any(given) or not torch.cuda.is_available()
+    reduced = arguments.tiny or any(given) or not (arguments.predict or torch.cuda.is_available())
+    result = PREDICTED if arguments.predict else RESULT
     arguments.shapes = arguments.shapes or (TINY if arguments.tiny else DEFAULT_SHAPES)
     arguments.teachers = arguments.teachers or (TINY_COUNTS if arguments.tiny else COUNTS)
     arguments.placements = arguments.placements or PLACEMENTS
     arguments.tokens = arguments.tokens or (TINY_TOKENS if arguments.tiny else TOKENS)
-    arguments.file = arguments.json or (Path(arguments.out) / RESULT.name if reduced else RESULT)
+    arguments.file = arguments.json or (Path(arguments.out) / result.name if reduced else result)
     return arguments
 
 
@@ -280,8 +310,11 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.budget_s <= 0:
         raise UserError(f"--budget-s {arguments.budget_s:g}: must be above 0")
     large = [name for name in arguments.shapes if name not in TINY]
-    if large and not torch.cuda.is_available():
-        raise UserError(f"--shapes {large[0]}: torch sees no CUDA device; --tiny rehearses the same steps on a CPU")
+    if large and not arguments.predict and not torch.cuda.is_available():
+        raise UserError(
+            f"--shapes {large[0]}: torch sees no CUDA device; --tiny rehearses the same steps on a CPU, --predict "
+            "says what a GPU would do"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -300,6 +333,9 @@ def make(arguments: argparse.Namespace) -> int:
     about = environment()
     # A copy of the tree may have no .git.
     about["git_sha"] = about["git_sha"] or os.environ.get("GIT_SHA")
+    about["command"] = f"python bench/{about['command']}"
+    if arguments.predict:
+        return predict_all(arguments, about)
     data = Bench(arguments, about).run()
     print(markdown(data, arguments.file.name, arguments.file.with_suffix(".svg").name))
     if arguments.file.resolve() == RESULT:

@@ -15,12 +15,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,6 +39,7 @@ FINAL_NORM = "model.norm.weight"
 # In order of their names: checkpoints are told apart by their first bytes, which must not be the shared ones.
 OWN_FILE, SHARED_FILE = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INITIAL_STD = 0.02
+ADAPTER_SETTINGS = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": LORA_ALPHA, "bias": "none"}
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,7 @@ def write_whole(folder: Path, shape: Shape, teachers: int) -> None:
 
 def write_folder(target: Path, shape: Shape, final_norm: Tensor, others: Mapping[str, Tensor]) -> None:
     """A checkpoint folder but for the shared file."""
-    target.mkdir(parents=True)
-    model_config(shape).save_pretrained(target)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"]}))
+    write_config(target, shape)
     make_tokenizer().save_pretrained(target)
     save_file({FINAL_NORM: final_norm}, target / OWN_FILE, metadata={"format": "pt"})
     files = {FINAL_NORM: OWN_FILE, **dict.fromkeys(others, SHARED_FILE)}
@@ -139,21 +139,63 @@ def write_folder(target: Path, shape: Shape, final_norm: Tensor, others: Mapping
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_adapter(target: Path, shape: Shape, seed: int) -> None:
-    """A LoRA adapter of every layer's matrices; A and B are random."""
-    generator = torch.Generator().manual_seed(seed)
+def write_config(target: Path, shape: Shape) -> None:
+    """A new folder with the config.json of a checkpoint."""
+    target.mkdir(parents=True)
+    model_config(shape).save_pretrained(target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"]}))
+
+
+def adapter_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Name of a factor -> its shape, of a LoRA adapter of every layer's matrices."""
     with torch.device("meta"):
-        sizes = linear_shapes(AutoModelForCausalLM.from_config(model_config(shape)))
-    factors: dict[str, Tensor] = {}
-    for name, (rows, columns) in sizes.items():
+        matrices = linear_shapes(AutoModelForCausalLM.from_config(model_config(shape)))
+    sizes = {}
+    for name, (rows, columns) in matrices.items():
         key = f"base_model.model.{name.removesuffix('.weight')}"
-        for part, size in (("A", (LORA_RANK, columns)), ("B", (rows, LORA_RANK))):
-            factor = torch.randn(size, generator=generator) * INITIAL_STD
-            factors[f"{key}.lora_{part}.weight"] = factor.to(DTYPES[shape.dtype])
+        sizes[f"{key}.lora_A.weight"] = (LORA_RANK, columns)
+        sizes[f"{key}.lora_B.weight"] = (rows, LORA_RANK)
+    return sizes
+
+
+def write_adapter(target: Path, shape: Shape, seed: int) -> None:
+    """A LoRA adapter whose A and B are random."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        name: (torch.randn(size, generator=generator) * INITIAL_STD).to(DTYPES[shape.dtype])
+        for name, size in adapter_sizes(shape).items()
+    }
     target.mkdir(exist_ok=True)
     save_file(factors, target / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": LORA_ALPHA, "bias": "none"}
-    (target / "adapter_config.json").write_text(json.dumps(settings))
+    (target / "adapter_config.json").write_text(json.dumps(ADAPTER_SETTINGS))
+
+
+def describe(folder: Path, shape: Shape, teachers: int) -> None:
+    """What a plan reads of the checkpoints that `write` makes: config.json, and of adapters and deltas the header."""
+    write_config(folder / "base", shape)
+    factors = adapter_sizes(shape)
+    for number in range(1, teachers + 1):
+        write_config(folder / f"full_{number}", shape)
+        write_config(folder / f"delta_{number}", shape)
+        write_hollow(folder / f"delta_{number}" / delta.DELTA_FILE, {}, number)
+        adapter = folder / f"lora_{number}"
+        adapter.mkdir()
+        write_hollow(adapter / "adapter_model.safetensors", factors, number)
+        (adapter / "adapter_config.json").write_text(json.dumps(ADAPTER_SETTINGS))
+
+
+def write_hollow(file: Path, sizes: Mapping[str, Sequence[int]], number: int) -> None:
+    """A safetensors file of bfloat16 zeros that takes no room: a header and a hole. Its number tells it from others."""
+    header: dict[str, Any] = {"__metadata__": {"number": str(number)}}
+    end = 0
+    for name, size in sizes.items():
+        begin, end = end, end + 2 * prod(size)
+        header[name] = {"dtype": "BF16", "shape": [*size], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 def write_deltas(folder: Path, teachers: int) -> None:

@@ -14,7 +14,7 @@ from tcopd_fast.config import Config
 from tcopd_fast.config_io import validate
 from tcopd_fast.plan.build import resident_logits
 from tcopd_fast.plan.devices import GPUS, Cluster
-from tcopd_fast.plan.memory import CONTEXT_BYTES, FRAGMENTATION, memory_of
+from tcopd_fast.plan.memory import FRAGMENTATION, memory_of
 from tcopd_fast.plan.shapes import student_shape
 from tcopd_fast.plan.timing import step_costs
 from tcopd_fast.plan.workload import frozen_models, shapes_of, workload_of
@@ -31,6 +31,10 @@ SERIES = {
 }
 PLACEMENTS = ("resident", "offload", "delta", "lora")
 STAGES = ("scoring", "reward", "batch", "loss", "learner")
+# Those of them that a plan has figures of.
+PREDICTED_STAGES = ("scoring", "loss", "learner")
+# What `Memory.held` calls the rollout engine's copy of the student.
+ENGINE = "rollout weights"
 # Of a sequence's tokens.
 PROMPT_SHARE = 1 / 32
 SPEED = GPUS["h100"]
@@ -105,37 +109,39 @@ def config_tree(folder: Path, cell: Cell, tokens: int) -> dict[str, Any]:
 
 
 def predict(tree: dict[str, Any], cell: Cell, memory: int | None) -> dict[str, Any]:
-    """What `tcopd plan` says of a cell: bytes by stage, without allowances for fragments and context, and seconds by
-    stage on an H100; of the paper's way only the bytes of the fullest stage.
+    """What `tcopd plan` says of a cell: bytes by stage, without allowances for fragments and context; whether it fits
+    with them; pinned host memory; and seconds by stage on an H100.
 
-    memory: bytes of the GPU; None for a process on a CPU, of which no time is predicted.
+    Of the paper's way it says the bytes of the fullest stage, and the seconds are those of the same products: moving
+    logits is not in them. memory: bytes of the GPU; None for a process on a CPU, of which no time is predicted.
     """
     config = validate(tree, Config)
     cluster = Cluster(1, memory or 1 << 50, on_cpu=memory is None)
     shapes = shapes_of(config, {})
     student = student_shape(shapes[config.model.path], config.model.lora)
-    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-    work = workload_of(config, 1, float(prompt), float(response))
+    work = workload_of(config, 1, float(config.data.max_prompt_tokens), float(config.rollout.max_new_tokens))
     frozen = frozen_models(config, shapes)
-    found = memory_of(config, student, frozen, work, cluster)
-    # No rollout engine is there, which would hold a copy of the student.
-    engine = found.held.get("rollout weights", 0)
-    if cell.placement == LOGITS:
-        peak = resident_logits(config, student, frozen, work, cluster)
-        if memory is not None:
-            peak = int((peak - CONTEXT_BYTES) / (1 + FRAGMENTATION))
-        return {"peak_bytes": peak - engine}
-    stages = {name: found.stage_peak(name) - engine for name in ("scoring", "loss", "learner")}
-    predicted: dict[str, Any] = {"peak_bytes": max(stages.values()), "stage_bytes": stages}
-    predicted["fits"] = replace(found, held={n: s for n, s in found.held.items() if n != "rollout weights"}).peak <= (
-        cluster.memory
+    whole = memory_of(config, student, frozen, work, cluster)
+    # There is neither a rollout engine, which would hold a copy of the student, nor weight_sync.
+    found = replace(
+        whole,
+        held={name: size for name, size in whole.held.items() if name != ENGINE},
+        stages={stage: whole.stages[stage] for stage in PREDICTED_STAGES},
     )
-    predicted["host_bytes"] = found.host_total
+    stages = {stage: found.stage_peak(stage) for stage in found.stages}
+    predicted: dict[str, Any] = {"peak_bytes": max(stages.values()), "stage_bytes": stages}
+    with_allowances = found.peak
+    if cell.placement == LOGITS:
+        share = FRAGMENTATION if found.reserve else 0.0
+        engine = whole.held.get(ENGINE, 0)
+        with_allowances = resident_logits(config, student, frozen, work, cluster) - int((1 + share) * engine)
+        predicted = {"peak_bytes": int((with_allowances - found.reserve) / (1 + share))}
+    predicted |= {"fits": with_allowances <= cluster.memory, "host_bytes": found.host_total}
     if memory is not None:
         costs = step_costs(config, student, frozen, work, cluster, SPEED)
         predicted["stage_seconds"] = {
             stage: sum(cost.seconds for name, cost in costs.items() if name.partition(":")[0] == stage)
-            for stage in stages
+            for stage in PREDICTED_STAGES
         }
     return predicted
 

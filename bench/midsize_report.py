@@ -57,26 +57,25 @@ def measured(data: Mapping[str, Any], shape: str, placement: str) -> dict[int, R
 
 
 def costs(data: Mapping[str, Any], shape: str) -> list[dict[str, Any]]:
-    """What one more teacher takes, per placement with at least two numbers of teachers: least-squares slopes over K.
-
-    bytes: of the fullest stage. seconds: of scoring. share: of the step with the fewest teachers.
-    """
+    """What one more teacher takes, per placement that was measured with at least two numbers of teachers."""
     out = []
     for placement in SERIES:
         rows = measured(data, shape, placement)
         if len(rows) < 2:
             continue
-        seconds = slope({k: stage_seconds(row, "scoring") for k, row in rows.items()})
-        out.append(
-            {
-                "placement": placement,
-                "counts": sorted(rows),
-                "bytes": slope({k: peak(row) for k, row in rows.items()}),
-                "seconds": seconds,
-                "share": seconds / stage_seconds(rows[min(rows)], "step"),
-            }
-        )
+        peaks = {k: peak(row) for k, row in rows.items()}
+        scoring, steps = ({k: stage_seconds(row, s) for k, row in rows.items()} for s in ("scoring", "step"))
+        out.append({"placement": placement, "counts": sorted(rows), **per_teacher(peaks, scoring, steps)})
     return out
+
+
+def per_teacher(
+    peaks: Mapping[int, float], scoring: Mapping[int, float], steps: Mapping[int, float]
+) -> dict[str, float]:
+    """Least-squares slopes over K. bytes: of the fullest stage. seconds: of scoring. share: of the step with the fewest
+    teachers."""
+    seconds = slope(scoring)
+    return {"bytes": slope(peaks), "seconds": seconds, "share": seconds / steps[min(steps)]}
 
 
 def against_logits(data: Mapping[str, Any], shape: str) -> dict[str, float] | None:
@@ -119,7 +118,7 @@ def markdown(data: Mapping[str, Any], results: str, figure: str) -> str:
     """The block of docs/performance.md. results, figure: links to the JSON and to its figure."""
     parts = []
     for shape in data["shapes"]:
-        parts += [_heading(data, shape), _cells_table(data, shape)]
+        parts += [heading(data, shape), _cells_table(data, shape)]
         if costs(data, shape):
             parts.append(_costs_table(data, shape))
         if data["device"] == "cuda" and any(measured(data, shape, name) for name in SERIES):
@@ -159,11 +158,13 @@ def name_of(shape: str) -> str:
     return NAMES.get(shape, shape)
 
 
-def _heading(data: Mapping[str, Any], shape: str) -> str:
+def heading(data: Mapping[str, Any], shape: str, label: str = "") -> str:
+    """What a table is of."""
     about = data["shapes"][shape]
     trained = "a LoRA adapter is trained" if about["lora"] else "all weights are trained"
     sequences = f"{about['sequences']} sequence{'s' if about['sequences'] > 1 else ''}"
-    return f"**{name_of(shape)}** ({about['dtype']}; {trained}; {sequences} of {data['tokens']} packed tokens a step)"
+    words = f"{about['dtype']}; {trained}; {sequences} of {data['tokens']} packed tokens a step"
+    return f"**{label}{name_of(shape)}** ({words})"
 
 
 def _cells_of(data: Mapping[str, Any], shape: str) -> list[Row]:

@@ -36,6 +36,7 @@ from tcopd_fast.miniature import asset
 from tcopd_fast.models import DTYPES
 from tcopd_fast.plan.devices import Cluster
 from tcopd_fast.plan.memory import memory_of
+from tcopd_fast.plan.shapes import student_shape
 from tcopd_fast.plan.workload import frozen_models, shapes_of, workload_of
 from tcopd_fast.rundir import environment
 
@@ -70,14 +71,27 @@ class Case:
 
     @property
     def baseline(self) -> Case:
-        """The same process with hardly any weights."""
-        return Case(f"baseline-{self.ranks}-{self.dtype}", "tiny", self.ranks, self.dtype, 0)
+        """The same process with hardly any weights; it imports what the case does."""
+        kinds: dict[str, Mapping[str, Any]] = {}
+        if "lora" in self.settings.get("model", {}):
+            kinds["lora"] = lora(1)
+        if "offload" in self.settings.get("learner", {}):
+            kinds["offload"] = {"learner": {"offload": "optimizer"}}
+        name = "-".join(["baseline", str(self.ranks), self.dtype, *kinds])
+        sections = {key: values for kind in kinds.values() for key, values in kind.items()}
+        return Case(name, "tiny", self.ranks, self.dtype, 0, settings=sections)
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"learner": {"zero_stage": stage, **more}}
 
 
+def lora(rank: int) -> dict[str, Any]:
+    return {"model": {"lora": {"rank": rank, "alpha": 2 * rank}}}
+
+
+HALVES = {"minibatches": 2}
+MICRO = {"max_tokens_per_microbatch": 150}
 LONG = {"rollout": {"prompts_per_step": 12, "max_new_tokens": 160}}
 CHECKPOINTING = {"model": {"gradient_checkpointing": True}}
 CASES = (
@@ -100,13 +114,28 @@ CASES = (
     Case("bf16-zero1", "21M", dtype="bfloat16", settings=zero(1)),
     Case("bf16-zero2", "21M", dtype="bfloat16", settings=zero(2)),
     Case("bf16-ranks2-zero3", "21M", 2, "bfloat16", settings=zero(3)),
+    Case("lora-zero1", "21M", settings={**zero(1), **lora(16)}),
+    Case("lora-zero2-r256", "21M", settings={**zero(2), **lora(256)}),
+    Case("lora-ranks2-zero3", "21M", 2, settings={**zero(3), **lora(256)}),
+    Case("bf16-lora-zero2", "21M", dtype="bfloat16", settings={**zero(2), **lora(256)}),
+    Case("offload-zero1", "21M", settings=zero(1, offload="optimizer")),
+    Case("offload-zero2", "21M", settings=zero(2, offload="optimizer")),
+    Case("offload-ranks2-zero3", "21M", 2, settings=zero(3, offload="optimizer_and_weights")),
+    Case("bf16-offload-zero2", "21M", dtype="bfloat16", settings=zero(2, offload="optimizer")),
+    Case("offload-ranks2-zero2-micro", "33M", 2, teachers=2, settings=zero(2, **MICRO, offload="optimizer")),
+    Case("bf16-offload-zero1-micro", "33M", dtype="bfloat16", settings=zero(1, **MICRO, **HALVES, offload="optimizer")),
 )
-# First run when the model was finished, and nothing was changed after them.
+# First run when the model was finished, which was not fitted to them: the first four when it knew neither LoRA
+# students nor offload, the others when it did.
 HELD_OUT = (
-    Case("held-out-1", "33M", 2, teachers=3, placement="sharded", settings=zero(2, max_tokens_per_microbatch=150)),
+    Case("held-out-1", "33M", 2, teachers=3, placement="sharded", settings=zero(2, **MICRO)),
     Case("held-out-2", "33M", teachers=2, placement="offload", settings={**zero(1, minibatches=2), **CHECKPOINTING}),
-    Case("held-out-3", "33M", 2, teachers=2, settings={**zero(3, max_tokens_per_microbatch=150), **CHECKPOINTING}),
+    Case("held-out-3", "33M", 2, teachers=2, settings={**zero(3, **MICRO), **CHECKPOINTING}),
     Case("held-out-4", "33M", dtype="bfloat16", settings={**zero(2, minibatches=2), **LONG}),
+    Case("held-out-5", "33M", 2, settings={**zero(3, **MICRO), "model": lora(64)["model"] | CHECKPOINTING["model"]}),
+    Case("held-out-6", "33M", placement="offload", settings={**zero(2, offload="optimizer"), **lora(128), **LONG}),
+    Case("held-out-7", "33M", 2, "bfloat16", settings={**zero(2, **MICRO, offload="optimizer"), **LONG}),
+    Case("held-out-8", "13M", teachers=2, settings={**zero(1, **MICRO, offload="optimizer"), **lora(128)}),
 )
 
 
@@ -191,11 +220,12 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
     work = workload_of(
         config, case.ranks, fmean(len(p.token_ids) for p in prompts), float(config.rollout.max_new_tokens)
     )
-    student = shapes[config.model.path]
+    student = student_shape(shapes[config.model.path], config.model.lora)
     memory = memory_of(config, student, models, work, Cluster(case.ranks, 1 << 50, on_cpu=True))
     return {
         "weights": student.weights,
         "frozen_models": len(models),
+        "placement": ", ".join(dict.fromkeys(str(m.placement) for m in models)),
         "stages": {stage: memory.stage_peak(stage) for stage in STAGES},
     }
 
@@ -213,7 +243,7 @@ def compare(case: Case, measured: Mapping[str, int], base: Mapping[str, int], pr
         "frozen_models": predicted["frozen_models"],
         "ranks": case.ranks,
         "dtype": case.dtype,
-        "placement": case.placement,
+        "placement": predicted["placement"],
         "settings": case.settings,
         "measured_bytes": above,
         "baseline_bytes": dict(base),
@@ -251,7 +281,9 @@ def main() -> int:
         rows.append(compare(case, measured, base, predict(case, folder)) | {"commit": commit_of(case, folder)})
         errors = "  ".join(f"{stage} {100 * error:+.1f}" for stage, error in rows[-1]["error"].items())
         print(f"{case.name:18} peak {100 * rows[-1]['peak_error']:+.1f} %   {errors}", flush=True)
-    result = {"environment": environment(), "seconds": time.monotonic() - started, "rows": rows}
+    about = environment()
+    about |= {"command": f"python bench/{about['command']}"}
+    result = {"environment": about, "seconds": time.monotonic() - started, "rows": rows}
     # A part of the cases is no result.
     target = arguments.json or (folder / CHECK_JSON.name if arguments.only else CHECK_JSON)
     target.write_text(json.dumps(result, indent=1) + "\n")

@@ -48,7 +48,9 @@ def main() -> int:
         for count in TEACHERS
         for placement in PLACEMENTS
     ]
-    result = {"prediction": True, "environment": environment(), "shape": SHAPE, "rows": rows}
+    about = environment()
+    about |= {"command": f"python bench/{about['command']}"}
+    result = {"prediction": True, "environment": about, "shape": SHAPE, "rows": rows}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {arguments.json}")
     if arguments.json == QWEN_JSON:

@@ -97,14 +97,14 @@ def percent(share: float) -> str:
 
 
 def provenance(where: Mapping[str, Any], commits: Sequence[str | None] = ()) -> str:
-    """Commit, day and command of an `environment`; both commands are started from the root of the source tree.
+    """Commit, day and command of an `environment`.
 
     commits: of the measurements, where they can differ from the environment's.
     """
     used = sorted({sha or "unknown" for sha in commits or [where["git_sha"]]})
     short = ", ".join(f"`{sha[:9]}{'+' if sha.endswith('+') else ''}`" for sha in used)
     label = "commits" if len(used) > 1 else "commit"
-    return f"{label} {short}; {where['started'][:10]}; `python bench/{where['command']}`"
+    return f"{label} {short}; {where['started'][:10]}; `{where['command']}`"
 
 
 def qwen_rows(qwen: Mapping[str, Any]) -> dict[int, dict[str, Mapping[str, Any]]]:

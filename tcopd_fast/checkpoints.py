@@ -39,11 +39,22 @@ class FileSum:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a run's checkpoints need beside themselves, by fingerprint.
+
+    prompts: the training prompts. base: the weights below a LoRA student's adapter, None without one.
+    """
+
+    prompts: str = ""
+    base: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint says about itself.
 
-    score: of the evaluation at its step, None without one. prompts: fingerprint of the training prompts.
-    files: path within the checkpoint -> what was written there.
+    score: of the evaluation at its step, None without one. prompts, base: its `Origin` (no base: also when written
+    by a version that recorded none). files: path within the checkpoint -> what was written there.
     """
 
     step: int
@@ -51,6 +62,7 @@ class Manifest:
     score: float | None
     prompts: str
     files: Mapping[str, FileSum]
+    base: str | None = None
 
 
 def checkpoint_dir(run_dir: str | Path, step: int) -> Path:
@@ -103,7 +115,7 @@ def save_checkpoint(
     step: int,
     write: Callable[[Path], Mapping[str, FileSum]],
     score: float | None = None,
-    prompts: str = "",
+    origin: Origin = Origin(),
 ) -> str | None:
     """Save a checkpoint and delete those not to be kept; None, or why it could not be saved. A collective.
 
@@ -119,7 +131,7 @@ def save_checkpoint(
         for own, own_problem in world.gather(_write_and_read_back(write, partial)):
             files.update(own)
             problems += [own_problem] if own_problem else []
-        manifest = Manifest(step, world.size, score, prompts, files)
+        manifest = Manifest(step, world.size, score, origin.prompts, files, origin.base)
         problem = (
             problems[0] if problems else world.on_main(lambda: _problem_of(lambda: _complete(partial, final, manifest)))
         )
@@ -155,15 +167,15 @@ class Saver:
         config: Config,
         world: World,
         write: Callable[[Path], Mapping[str, FileSum]],
-        prompts: str,
+        origin: Origin,
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._world, self._write, self._prompts, self._say = config, world, write, prompts, say
+        self._config, self._world, self._write, self._origin, self._say = config, world, write, origin, say
         self.failed = 0
 
     def save(self, step: int, score: float | None = None, must: bool = False) -> None:
         """Save a checkpoint. A failure is told and counted, or if it `must` be saved a UserError. A collective."""
-        problem = save_checkpoint(self._config, self._world, step, self._write, score, self._prompts)
+        problem = save_checkpoint(self._config, self._world, step, self._write, score, self._origin)
         if problem is None:
             self.failed = 0
         elif must:
@@ -174,11 +186,11 @@ class Saver:
             self._say(f"WARNING: {problem}; training goes on, the next save tries again")
 
 
-def resume_from(config: Config, world: World, prompts: str, say: Callable[[str], None]) -> int:
+def resume_from(config: Config, world: World, origin: Origin, say: Callable[[str], None]) -> int:
     """Step of the newest checkpoint whose files agree with its manifest; 0 when there is none. A collective.
 
     Newer ones that do not agree are renamed and named through `say`. Raises UserError when no checkpoint is good, and
-    for a checkpoint written with another number of ranks or other training prompts.
+    for a checkpoint written with another number of ranks, other training prompts or another base.
     """
     damaged: dict[int, str] = {}
     for step in reversed(world.on_main(lambda: _folders(config.run_dir))):
@@ -198,11 +210,13 @@ def resume_from(config: Config, world: World, prompts: str, say: Callable[[str],
         if problems:
             damaged[step] = problems[0]
             continue
-        if manifest.prompts != prompts:
+        if manifest.prompts != origin.prompts:
             raise world.agreed(
                 f"{folder}: the training prompts are not those that the run began with, so its data order cannot be "
                 "continued; restore the files of data.train, or begin a new run from `tcopd export`"
             )
+        if problem := other_base(folder, origin.base, config.model.path):
+            raise world.agreed(problem)
         world.on_main(lambda: _set_aside(config.run_dir, damaged, say))
         return step
     if damaged:
@@ -213,6 +227,18 @@ def resume_from(config: Config, world: World, prompts: str, say: Callable[[str],
         )
     world.on_main(lambda: _set_aside(config.run_dir, {}, say))
     return 0
+
+
+def other_base(folder: Path, base: str | None, model_path: str) -> str | None:
+    """Why a checkpoint's adapter does not belong on `model_path`, of fingerprint `base`; None when it does."""
+    manifest = _read_manifest(folder)
+    recorded = manifest.base if isinstance(manifest, Manifest) else None
+    if recorded is None or base is None or recorded == base:
+        return None
+    return (
+        f"{folder}: holds a LoRA adapter alone, trained on weights of SHA-256 {recorded[:12]}…, but "
+        f"model.path {model_path} holds {base[:12]}…; restore those weights, or resume with model.path=THEIR_FOLDER"
+    )
 
 
 def write_file(path: Path, dump: Callable[[Any], None]) -> FileSum:

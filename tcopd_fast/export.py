@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from tcopd_fast import checkpoints, rundir
 from tcopd_fast.adapter import is_factor, merge_into, write_adapter
 from tcopd_fast.config import Config
+from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
+from tcopd_fast.inputs import checkpoint_fingerprint
 from tcopd_fast.models import DTYPES, load_tokenizer, resolve_path
 
 
@@ -31,6 +33,10 @@ def run_export(run_dir: Path, out: Path | None, step: int | None, best: bool = F
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder}: not empty; give another folder")
     files = checkpoints.checkpoint_dir(run_dir, chosen)
+    if config.model.lora is not None and not adapter:
+        base = checkpoint_fingerprint(config.model.path, World(0, 1, torch.device("cpu")))
+        if problem := checkpoints.other_base(files, base, config.model.path):
+            raise UserError(problem)
     weights = checkpoint_weights(files, config.learner.zero_stage, adapter=config.model.lora is not None)
     if adapter:
         _write_whole(folder, config, lambda partial: _save_adapter(config, weights, partial))

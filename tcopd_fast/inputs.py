@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from hashlib import sha256
 from itertools import chain
 
 import torch
@@ -14,10 +14,12 @@ from tcopd_fast.adapter import check_targets
 from tcopd_fast.config import Config, longest_sequence
 from tcopd_fast.config_sections import LengthBucket
 from tcopd_fast.data import load_eval_sets, load_prompts
+from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
 from tcopd_fast.judges import Judges
 from tcopd_fast.models import ModelSet, check_models
 from tcopd_fast.order import batch_for_step, weighted_prompts
+from tcopd_fast.scoring.delta import tensor_digests
 from tcopd_fast.scoring.lora import check_adapters
 from tcopd_fast.types import Prompt
 
@@ -34,11 +36,6 @@ class Inputs:
     dropped_overlong: int
     domains: tuple[str, ...]
     eval_sets: Mapping[str, tuple[Prompt, ...]]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the training prompts: a run resumes only with the data it began with."""
-        return checkpoints.fingerprint(self.prompts)
 
 
 def read_inputs(config: Config, world_size: int = 1) -> Inputs:
@@ -78,6 +75,22 @@ def read_inputs(config: Config, world_size: int = 1) -> Inputs:
         )
     checkpoints.check(config.checkpoint, sets)
     return Inputs(models, prompts, loaded.dropped_overlong, domains, sets)
+
+
+def origin_of(config: Config, inputs: Inputs, world: World) -> checkpoints.Origin:
+    """What the run's checkpoints need beside themselves; it resumes with nothing else. A collective."""
+    base = None if config.model.lora is None else checkpoint_fingerprint(config.model.path, world)
+    return checkpoints.Origin(checkpoints.fingerprint(inputs.prompts), base)
+
+
+def checkpoint_fingerprint(path: str, world: World) -> str:
+    """SHA-256 over the `tensor_digests` of a checkpoint, of which every rank makes a share. A collective.
+
+    Raises UserError when there is no checkpoint.
+    """
+    own = world.together(lambda: tensor_digests(path, world.rank, world.size))
+    digests = {name: found for share in world.gather(own) for name, found in share.items()}
+    return sha256("".join(f"{name}|{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def sampling_seed(seed: int, step: int) -> int:

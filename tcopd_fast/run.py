@@ -54,13 +54,11 @@ class Parts:
 class Run:
     """Owner of a run's parts: builds them in the order that works, reports, checkpoints, closes them."""
 
-    def __init__(self, config: Config, inputs: Inputs, parts: Parts) -> None:
+    def __init__(self, config: Config, inputs: Inputs, origin: checkpoints.Origin, parts: Parts) -> None:
         self.config = config
         self.inputs = inputs
         self.parts = parts
-        self.saver = checkpoints.Saver(
-            config, parts.world, parts.learner.save, inputs.fingerprint, parts.progress.message
-        )
+        self.saver = checkpoints.Saver(config, parts.world, parts.learner.save, origin, parts.progress.message)
 
     def __enter__(self) -> Run:
         return self
@@ -198,7 +196,9 @@ class Run:
             )
 
 
-def assemble(config: Config, inputs: Inputs, world: World, start: int, resume: bool, stop: Stop) -> Run:
+def assemble(
+    config: Config, inputs: Inputs, world: World, origin: checkpoints.Origin, start: int, resume: bool, stop: Stop
+) -> Run:
     """Build a run's parts, the learner first: its process group is what vLLM joins. A collective. Raises UserError."""
     torch.manual_seed(config.seed)
     learner = Learner(config, inputs.models, world)
@@ -241,7 +241,7 @@ def assemble(config: Config, inputs: Inputs, world: World, start: int, resume: b
         alarms=Alarms(config, first_entropy(Path(config.run_dir)) if start else None),
         stop=stop,
     )
-    return Run(config, inputs, parts)
+    return Run(config, inputs, origin, parts)
 
 
 def _ahead(config: Config, inputs: Inputs, world: World, engine: RolloutEngine) -> Ahead | None:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,7 +44,8 @@ LOCK = "run.lock"
 SHARED_WAIT_S = 10.0
 # What decides which prompt comes when (the prompts themselves have a fingerprint), and what the checkpoints' form is.
 FIXED = (
-    "seed", "data.shuffle", "data.domain_weights", "rollout.prompts_per_step", "model.dtype", "learner.zero_stage"
+    "seed", "data.shuffle", "data.domain_weights", "rollout.prompts_per_step", "model.dtype", "model.lora",
+    "learner.zero_stage",
 )  # fmt: skip
 
 
@@ -114,11 +116,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def opened(config: Config, world: World, prompts: str, resume: bool) -> Iterator[int]:
+def opened(config: Config, world: World, origin: checkpoints.Origin, resume: bool) -> Iterator[int]:
     """Hold the run directory, make or reopen the run, and give the step to go on from. A collective.
 
-    prompts: fingerprint of the training prompts. Raises UserError when the folder is taken, not shared by all ranks,
-    or holds no run that these settings can continue.
+    Raises UserError when the folder is taken, not shared by all ranks, or holds no run that these settings and this
+    origin can continue.
     """
     lock = RunLock(config.run_dir)
     try:
@@ -128,7 +130,7 @@ def opened(config: Config, world: World, prompts: str, resume: bool) -> Iterator
             world.on_main(lambda: create(config))
             yield 0
             return
-        start = checkpoints.resume_from(config, world, prompts, print)
+        start = checkpoints.resume_from(config, world, origin, print)
         for line in world.on_main(lambda: record_resume(config)):
             if world.is_main:
                 print(f"changed since the run began: {line}")
@@ -233,6 +235,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "git_sha": _git_sha(),
         "versions": versions,
         "device": device_name(),
+        **({"driver": driver_version()} if torch.cuda.is_available() else {}),
         "threads": torch.get_num_threads(),
         "seed": seed,
         # Paths inside the source tree are given relative to it: where a clone lies is nobody's business.
@@ -257,10 +260,22 @@ def device_name() -> str:
     return f"CPU: {model}, {os.cpu_count()} cores"
 
 
-def _git_sha() -> str | None:
-    """Commit of the source tree this package runs from; None for an installed wheel. '+' marks local changes."""
-    if not (SOURCE / ".git").exists():
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, or None where nvidia-smi does not tell."""
+    if shutil.which("nvidia-smi") is None:
         return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
+
+
+def _git_sha() -> str | None:
+    """Commit of the source tree this package runs from. '+' marks local changes.
+
+    A tree without .git may be told by the variable GIT_SHA; for an installed wheel the commit is not known.
+    """
+    if not (SOURCE / ".git").exists():
+        return os.environ.get("GIT_SHA")
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, check=False)

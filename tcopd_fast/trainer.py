@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 from tcopd_fast import rundir
@@ -15,7 +16,7 @@ from tcopd_fast.batch import build_minibatches, shard
 from tcopd_fast.config import Config
 from tcopd_fast.diagnosis import check_finite
 from tcopd_fast.dist import World, init_world
-from tcopd_fast.inputs import Inputs, prompts_of_step, read_inputs, sampling_seed
+from tcopd_fast.inputs import Inputs, origin_of, prompts_of_step, read_inputs, sampling_seed
 from tcopd_fast.learner import UpdateResult
 from tcopd_fast.metrics import generation_metrics, routing_metrics, step_metrics
 from tcopd_fast.reward import compute_reward, lambdas_at
@@ -32,8 +33,9 @@ def train(config: Config, resume: bool = False, stop: Stop | None = None) -> Non
     inputs = world.together(lambda: read_inputs(config, world.size))
     with (
         world.watching_ranks(),
-        rundir.opened(config, world, inputs.fingerprint, resume) as start,
-        assemble(config, inputs, world, start, resume, stop or Stop()) as run,
+        nullcontext(origin_of(config, inputs, world)) as origin,
+        rundir.opened(config, world, origin, resume) as start,
+        assemble(config, inputs, world, origin, start, resume, stop or Stop()) as run,
     ):
         parts = run.parts
         parts.progress.message(describe(config, inputs, parts, start))

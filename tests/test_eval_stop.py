@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from forked import end_all, run_forked, start_forked
+from interrupted import same_training, steps_logged, wait_until
 from running import lines, write_config
-from test_faults import same_training, steps_logged, wait_until
 
 from tcopd_fast.checkpoints import checkpoint_dir, checkpoint_steps
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from forked import run_forked
+from interrupted import steps_logged
 from running import ROOT, learning, lines, write_config
-from test_faults import steps_logged
 
 from tcopd_fast.checkpoints import checkpoint_steps
 from tcopd_fast.cli import main

@@ -1,8 +1,7 @@
-"""A LoRA student: only the adapter learns, whoever needs whole weights gets sums, and its base is nobody's copy."""
+"""A LoRA student: only the adapter learns, and whoever needs whole weights gets sums."""
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 
@@ -150,68 +149,6 @@ def test_engines_get_the_sum_of_base_and_adapter(tiny, tmp_path, stage, dtype, s
     assert moved > 0.1, "the adapter must matter"
     for a, b in zip(one["learner"], one["merged"], strict=True):
         torch.testing.assert_close(a, b, atol=2e-5 if dtype == "float32" else 0.05, rtol=0)
-
-
-def storages():
-    """Bytes of all float tensors in this process."""
-    gc.collect()
-    found = {}
-    for item in gc.get_objects():
-        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.device.type == "cpu":
-            storage = item.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
-def share_the_base(learner, world, config, inputs):
-    """Bytes that scoring adds beside the learner, and what the reference says of some rollouts."""
-    from tcopd_fast.scoring import Scorer
-
-    before = storages()
-    scorer = Scorer(config, inputs.models, world, learner.frozen_base())
-    added = storages() - before
-    for parameter in learner.lm.parameters():
-        if parameter.requires_grad and config.learner.zero_stage < 3:
-            parameter.data.add_(0.1)  # the adapter moves, its base does not
-    lambdas = [dict.fromkeys(config.teachers, 1.0)] * 3
-    scored = scorer.score(rollouts(), lambdas)
-    return {
-        "added": added,
-        "lines": scorer.placements(),
-        "reference": [item.ref_logprob for item in scored],
-        "teachers": {name: [item.teacher_logprobs[name] for item in scored] for name in config.teachers},
-    }
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_reference_and_adapter_teachers_run_from_the_learners_base(tiny, tmp_path, stage):
-    from test_lora_teachers import make_adapter
-    from tiny import make_model, make_tokenizer
-
-    # Wide enough that a copy of the weights is far more than anything else that scoring makes.
-    base = tmp_path / "base"
-    make_model(0, tied=False).save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
-    wrapped = {name: make_adapter(base, tmp_path / name, seed=seed) for seed, name in enumerate(("expert", "anti"))}
-    tree = lora_tree(tiny, tmp_path / "run", {"path": str(base)}, learner={"zero_stage": stage})
-    tree["teachers"] = {name: {"path": str(tmp_path / name)} for name in ("expert", "anti")}
-    [result] = on_learner(share_the_base, tree, tmp_path / "rank")
-    student = AutoModelForCausalLM.from_pretrained(base)
-    whole = sum(p.nbytes for p in student.parameters())
-    for i, rollout in enumerate(rollouts()):
-        torch.testing.assert_close(result["reference"][i].double(), exact(student, rollout), atol=2e-5, rtol=0)
-        for name, model in wrapped.items():
-            expected = exact(model, rollout)
-            torch.testing.assert_close(result["teachers"][name][i].double(), expected, atol=2e-5, rtol=0)
-    reference = next(line for line in result["lines"] if line.startswith("reference"))
-    if stage == 3:
-        assert "reference: resident" in reference, "its base is spread over the ranks"
-        assert result["added"] >= whole
-        return
-    assert "reference: student (the frozen base of the learner's LoRA student; no second copy)" in reference
-    assert all("that is student" in line for line in result["lines"] if not line.startswith("reference"))
-    factors = 2 * sum(4 * 4 * sum(p.shape) for name, p in student.named_parameters() if "_proj" in name)
-    assert result["added"] < factors + whole // 4, (result["added"], whole)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import midsize_report as report  # noqa: E402
 from midsize_child import is_out_of_memory, process_memory, random_rollouts  # noqa: E402
 from midsize_figure import draw  # noqa: E402
 from midsize_logits import logits_loss, on_device, token_logprobs, without_adapter  # noqa: E402
-from midsize_models import SHAPES, TINY, write  # noqa: E402
-from midsize_plan import LOGITS, PLACEMENTS, Cell, config_tree, lengths, plan, predict  # noqa: E402
+from midsize_models import SHAPES, TINY, describe, write  # noqa: E402
+from midsize_plan import LOGITS, PLACEMENTS, SPEED, Cell, config_tree, lengths, plan, predict  # noqa: E402
+from midsize_predict import block as prediction_block  # noqa: E402
+from midsize_predict import predictions  # noqa: E402
 
 from tcopd_fast.adapter import ADAPTER, peft_config  # noqa: E402
 from tcopd_fast.config import Config  # noqa: E402
@@ -153,7 +156,10 @@ def test_the_plan_is_asked_for_the_gpu_that_there_is(tmp_path):
     assert two["stage_bytes"]["scoring"] - one["stage_bytes"]["scoring"] == pytest.approx(checkpoint, rel=0.01)
     assert one["fits"] and one["peak_bytes"] == max(one["stage_bytes"].values()) and one["stage_seconds"]["loss"] > 0
     logits = predicted(LOGITS, 1, 80 * GB)
-    assert set(logits) == {"peak_bytes"} and logits["peak_bytes"] <= one["peak_bytes"] + 1000 * 63 * 14
+    assert one["peak_bytes"] < logits["peak_bytes"] <= one["peak_bytes"] + 1000 * 63 * 14
+    assert logits["stage_seconds"] == one["stage_seconds"] and logits["fits"] and "stage_bytes" not in logits
+    assert not predicted("resident", 1, 1 << 21)["fits"] and not predicted(LOGITS, 1, 1 << 21)["fits"]
+    assert predicted("offload", 1, 80 * GB)["host_bytes"] > 326_000
     assert "stage_seconds" not in predicted("offload", 1, None)
 
 
@@ -289,15 +295,82 @@ def test_a_tiny_run_measures_a_student_with_and_without_logits(tmp_path, capsys)
     assert (tmp_path / "midsize_gpu.svg").is_file() and "| resident | 1 |" in capsys.readouterr().out
 
 
-def test_the_documents_blocks_are_those_of_their_json():
-    if not midsize.RESULT.is_file():
-        return
-    data = json.loads(midsize.RESULT.read_text())
-    link = f"bench/results/{midsize.RESULT.name}"
-    blocks = {
-        midsize.DOC: (report.markdown(data, f"../{link}", f"../{link[:-5]}.svg"), report.BEGIN, report.END),
-        midsize.README: (report.summary(data, link), report.README_BEGIN, report.README_END),
-    }
-    for doc, (block, begin, end) in blocks.items():
+@pytest.mark.parametrize("shape", TINY)
+def test_shapes_alone_give_the_prediction_of_real_checkpoints(shape, tmp_path, monkeypatch):
+    # Deltas one after another, here, not in processes of their own.
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    write(tmp_path / "real", SHAPES[shape], "base", 2)
+    if SHAPES[shape].deltas:
+        write(tmp_path / "real", SHAPES[shape], "delta", 2)
+    describe(tmp_path / "shape", SHAPES[shape], 2)
+    assert sum(file.stat().st_blocks * 512 for file in (tmp_path / "shape").rglob("*.safetensors")) < 200_000
+    for cell in plan((shape,), (1, 2), PLACEMENTS):
+        real, alone = (predict(config_tree(tmp_path / f, cell, 64), cell, 80 * GB) for f in ("real", "shape"))
+        assert real == alone, cell
+
+
+def test_under_an_adapter_the_reference_is_no_second_copy_with_logits_either(tmp_path):
+    describe(tmp_path, SHAPES["tiny_adapter"], 1)
+    ours, theirs = (Cell("tiny_adapter", 1, name) for name in ("resident", LOGITS))
+    ours, theirs = (predict(config_tree(tmp_path, cell, 64), cell, 80 * GB) for cell in (ours, theirs))
+    assert theirs["peak_bytes"] - ours["stage_bytes"]["loss"] == pytest.approx(1000 * 63 * 14, rel=1e-3)
+
+
+def test_a_prediction_is_repeatable_and_touches_no_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["midsize.py", "--predict", "--tiny"])
+    found = []
+    for name in ("a", "b"):
+        assert midsize.main(["--predict", "--tiny", "--out", str(tmp_path / name)]) == 0
+        found.append(json.loads((tmp_path / name / "midsize_predicted.json").read_text()))
+    a, b = found
+    assert a["cells"] == b["cells"] and a["predicted"] is True and len(a["cells"]) == 2 * (5 + 4)
+    assert a["environment"]["command"] == "python bench/midsize.py --predict --tiny"
+    assert capsys.readouterr().out.count("**Predicted, not measured: tiny**") == 2
+
+
+def test_the_documents_show_the_prediction_until_there_is_a_measurement(data, tmp_path, monkeypatch):
+    doc, results = tmp_path / "performance.md", {name: tmp_path / f"{name}.json" for name in ("measured", "predicted")}
+    doc.write_text(f"{report.BEGIN}\n{report.END}\n{report.README_BEGIN}\n{report.README_END}\n")
+    for name, path in (("RESULT", results["measured"]), ("PREDICTED", results["predicted"]), ("DOC", doc),
+                       ("README", doc)):  # fmt: skip
+        monkeypatch.setattr(midsize, name, path)
+    assert midsize.main(["--report"]) == 2
+    assert midsize.main(["--predict", "--tiny", "--json", str(results["predicted"])]) == 0
+    assert "**Predicted, not measured: tiny_adapter**" in doc.read_text() and "A mid-size run" not in doc.read_text()
+    results["measured"].write_text(json.dumps(data))
+    assert midsize.main(["--report"]) == 0
+    assert "Predicted, not measured" not in doc.read_text() and "| measured ÷ predicted | K |" in doc.read_text()
+    assert "**A mid-size run, measured.**" in doc.read_text() and (tmp_path / "measured.svg").is_file()
+
+
+def test_the_table_of_predictions_by_hand():
+    def row(placement: str, count: int, size: int, host: int) -> dict:
+        seconds = {"scoring": 0.5 * count, "loss": 1.0, "learner": 2.5}
+        predicted = {"peak_bytes": size * GB, "fits": size < 80, "host_bytes": host * GB, "stage_seconds": seconds}
+        return {"shape": "qwen3_4b", "teachers": count, "placement": placement, "predicted": predicted}
+
+    cells = [row("resident", 1, 18, 3), row("resident", 4, 42, 12), row(LOGITS, 1, 60, 0), row(LOGITS, 4, 84, 0)]
+    made_up = {"environment": ENVIRONMENT, "device_bytes": 80 * GB, "speed": vars(SPEED), "tokens": 16384,
+               "shapes": {"qwen3_4b": vars(SHAPES["qwen3_4b"])}, "cells": cells}  # fmt: skip
+    block = prediction_block(made_up, "r/p.json")
+    assert "| resident | 18.0 | 42.0 | 12.0 | 4.00 | +8.0 | 0.500 | 12.5 |" in block
+    assert "| resident, with logits | 60.0 | **84.0** | – | 4.00 | +8.0 | 0.500 | 12.5 |" in block
+    assert "| *the paper's second 4B teacher* | – | – | – | – | +8.2 | – | 3.5 |" in block
+    assert block.startswith("**Predicted, not measured: Qwen3-4B**") and "the paper's step includes a rollout" in block
+
+
+@pytest.mark.slow
+def test_the_committed_prediction_is_what_the_code_computes():
+    stored = json.loads(midsize.PREDICTED.read_text())
+    about = stored["environment"]
+    assert stored == predictions(about, midsize.DEFAULT_SHAPES, midsize.COUNTS, PLACEMENTS, midsize.TOKENS)
+    assert about["command"] == "python bench/midsize.py --predict"
+
+
+def test_committed_tables_are_those_of_the_committed_numbers():
+    shown = 0
+    for doc, block, begin, end in midsize.blocks():
         text = doc.read_text(encoding="utf-8")
-        assert begin not in text or text.split(f"{begin}\n")[1].split(f"\n{end}")[0] == block
+        shown += f"{begin}\n{block}\n{end}" in text
+        assert begin not in text or f"{begin}\n{block}\n{end}" in text, doc
+    assert shown

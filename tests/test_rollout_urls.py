@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from fake_engine import FakeEngine
 from running import ROOT, lines, start
 from test_config import tree
 
@@ -88,40 +86,6 @@ def test_what_serve_rollout_says(capsys):
     assert "WARNING: listening on 0.0.0.0, without a key" in out and "can replace the weights" in out
     assert main(["serve-rollout", "miniature:base", "--vllm=--generation-config auto"]) == 2
     assert "--vllm: --generation-config is refused" in capsys.readouterr().err
-
-
-class FakeEngine(ThreadingHTTPServer):
-    """Answers what an engine at a URL is asked before it gets weights. version: of its weights."""
-
-    daemon_threads = True
-
-    def __init__(self, workers: list[dict], model: str = "student", room: int = 64) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.version = "default"
-        models = {"data": [{"id": model, "max_model_len": room}]}
-        self.answers = {"/v1/models": lambda: models, "/collective_rpc": lambda: {"results": workers}}
-        self.answers["/weight_info"] = lambda: {"weight_version": self.version}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        body = json.dumps(self.server.answers[self.path]()).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
 
 
 def fleet_of(tiny, *urls: str, **server) -> RemoteFleet:

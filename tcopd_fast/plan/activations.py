@@ -35,11 +35,13 @@ ONE_LENGTH_SDPA = "one_length_sdpa"
 class LearnBytes:
     """Of one micro-batch, beside weights and what DeepSpeed holds.
 
-    saved: kept from the forward for the backward. forward, backward: peaks; the gradients of the head and of the layer
-    under way are in, gradients of finished parameters are not unless they were asked for.
+    saved: kept from the forward for the backward. trunk: peak of the forward up to the head's input. forward, backward:
+    peaks; the gradients of the head and of the layer under way are in, gradients of finished parameters are not unless
+    they were asked for.
     """
 
     saved: int
+    trunk: int
     forward: int
     backward: int
 
@@ -110,12 +112,13 @@ def learn_bytes(
             for parameter in [p for p in model.parameters() if p.requires_grad]:
                 parameter.register_post_accumulate_grad_hook(_finished(counter, kept_per_gradient))
             hidden_ND = _hidden(model, tokens).index_select(0, torch.arange(predicted))
+            trunk = counter.peak
             loss = loss_head(hidden_ND, model.get_output_embeddings().weight, head)
             saved, forward = counter.live, counter.peak
             counter.peak = counter.live
             del hidden_ND
             loss.backward()
-            return LearnBytes(saved, forward, counter.peak)
+            return LearnBytes(saved, trunk, forward, counter.peak)
 
 
 @cache

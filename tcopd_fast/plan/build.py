@@ -77,8 +77,12 @@ def make_plan(
 def resident_logits(
     config: Config, student: Shape, frozen: tuple[Frozen, ...], work: Workload, cluster: Cluster
 ) -> int:
-    """Peak bytes of the conventional way: resident models, float32 logits of every predicted token of a forward."""
-    memory = memory_of(config, student, [replace(m, placement="resident") for m in frozen], work, cluster)
+    """Peak bytes of the conventional way: resident models, float32 logits of every predicted token of a forward.
+
+    A reference that is the frozen base of a LoRA student is no second copy there either.
+    """
+    resident = [m if m.placement == "student" else replace(m, placement="resident") for m in frozen]
+    memory = memory_of(config, student, resident, work, cluster)
     itemsize = DTYPES[config.model.dtype].itemsize
     scored = work.predicted_of(work.packed(work.scoring_budget))
     learnt = work.predicted_of(work.microbatch)

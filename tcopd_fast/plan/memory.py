@@ -79,11 +79,19 @@ def memory_of(config: Config, student: Shape, frozen: Sequence[Frozen], work: Wo
     stages: dict[str, dict[str, int]] = {
         "rollout": rollout,
         "scoring": scoring,
-        "loss": {
-            "gathered weights": zero.gathered,
-            "gradients": zero.accumulated,
-            "activations and head": learn.forward,
-        },
+        "loss": _fullest(
+            {
+                "gathered weights": zero.gathered,
+                "gradients": zero.accumulated,
+                "activations and head": learn.forward,
+            },
+            {
+                "gathered weights": zero.gathered,
+                "weights arriving": zero.arriving,
+                "gradients": zero.accumulated,
+                "activations": learn.trunk,
+            },
+        ),
         "learner": _fullest(
             {
                 "gathered weights": zero.gathered,

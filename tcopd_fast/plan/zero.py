@@ -24,15 +24,16 @@ class ZeroBytes:
 
     held: always there. accumulated: gradients kept between the micro-batches of a step. per_gradient: bytes per
     element that a finished gradient leaves behind during the first of them. gathered: weights gathered for a forward
-    or backward. backward: buffers there while gradients arrive. reduce: at the end of a backward or of a step, while
-    the gradients of all ranks are summed. update: during the optimizer's step. sync: while weights are copied out.
-    host: pinned in host memory.
+    or backward. arriving: the buffer in which the last of them come for a forward. backward: buffers there while
+    gradients arrive. reduce: at the end of a backward or of a step, while the gradients of all ranks are summed.
+    update: during the optimizer's step. sync: while weights are copied out. host: pinned in host memory.
     """
 
     held: Mapping[str, int]
     accumulated: int = 0
     per_gradient: int = 0
     gathered: int = 0
+    arriving: int = 0
     backward: int = 0
     reduce: int = 0
     update: int = 0
@@ -43,9 +44,10 @@ class ZeroBytes:
 def zero_bytes(
     shape: Shape, stage: int, itemsize: int, ranks: int, *, accumulating: bool, on_cpu: bool, offload: str = "none"
 ) -> ZeroBytes:
-    """accumulating: several micro-batches per optimizer step. offload: `learner.offload`; on a CPU it frees nothing.
+    """accumulating: several micro-batches per optimizer step. offload: `learner.offload`.
 
-    on_cpu: of a bucket only what was written to counts, and AdamW has two temporaries per weight, not one.
+    on_cpu: host memory is the rank's own, of a bucket only what was written to counts, and AdamW has two temporaries
+    per weight, not one.
     """
     parameters, trained = shape.weights + sum(shape.adapter), shape.trained
     share = -(-trained // ranks)
@@ -69,7 +71,8 @@ def zero_bytes(
             accumulated=4 * trained if accumulating else 0,
             per_gradient=0 if accumulating else 4,
             backward=0 if on_cpu else 4 * bucket,
-            reduce=4 * trained + 4 * fill + (0 if on_cpu else 4 * bucket),
+            # bfloat16 comes here with an offloaded optimizer, and is put together in float32 before it leaves.
+            reduce=4 * trained + 4 * fill + (0 if on_cpu else 4 * bucket) + (4 * share if itemsize < 4 else 0),
             update=4 * share + update,
             sync=merging,
         )
@@ -93,28 +96,45 @@ def zero_bytes(
         found = ZeroBytes(
             held | {"gradients": 4 * share, "reduction bucket": 4 * bucket},
             gathered=min(parameters, LIVE + PREFETCH) * itemsize if ranks > 1 else 0,
+            # Held until the last parameter in it is used; the embedding comes by itself.
+            arriving=min(parameters - shape.embedding, PREFETCH) * itemsize if ranks > 1 else 0,
             # The input of the reduce-scatter, flattened, and its output.
             reduce=4 * fill + 4 * -(-fill // ranks),
             update=4 * share + update,
             # A parameter, and the buffer it was gathered in.
             sync=2 * shape.largest * itemsize + merging,
         )
-    return found if on_cpu or offload == "none" else _offloaded(found, shape, itemsize, stage, offload, ranks)
+    if offload == "none":
+        return found
+    apart = _offloaded(found, shape, itemsize, stage, offload, ranks)
+    if not on_cpu:
+        return apart
+    return replace(apart, held={**apart.held, **{f"{name} (host)": n for name, n in apart.host.items()}}, host={})
 
 
 def _offloaded(found: ZeroBytes, shape: Shape, itemsize: int, stage: int, offload: str, ranks: int) -> ZeroBytes:
-    """What moves to host memory: the optimizer with its gradients, and with optimizer_and_weights ZeRO-3's shards."""
+    """What moves to host memory: the optimizer with its gradients, and with optimizer_and_weights ZeRO-3's shards.
+
+    The update runs there in one fused pass, without temporaries.
+    """
     away = {"float32 weights", "Adam moments"} | ({"gradients"} if stage == 3 else set())
     away |= {"weights"} if offload == "optimizer_and_weights" else set()
     host = {name: found.held[name] for name in found.held if name in away}
-    if stage < 3:
-        # Float32 gradients of this rank's share; on the way back its weights pass through a pinned buffer.
-        share = -(-shape.trained // ranks)
-        host |= {"gradients": 4 * share, "updated weights": itemsize * share}
-    # ZeRO-1 keeps whole gradients on the device until its step. AdamW's temporaries are made on the host.
-    accumulated = found.accumulated if stage == 1 else 0
     held = {name: size for name, size in found.held.items() if name not in away}
-    return replace(found, held=held, host=host, accumulated=accumulated, update=0)
+    share = -(-shape.trained // ranks)
+    if stage == 3:
+        # Summed over micro-batches, and once more for the update.
+        return replace(found, held=held, host=host | {"gradients": 8 * share}, update=0)
+    # Float32 gradients of this rank's share; on the way back its weights pass through a buffer.
+    host |= {"gradients": 4 * share, "updated weights": itemsize * share}
+    # A gradient crosses through a buffer on either side.
+    staging = itemsize * max(shape.adapter or shape.tensors)
+    held, host = held | {"staging": staging}, host | {"staging": staging}
+    if stage == 1 or itemsize < 4:
+        return replace(found, held=held, host=host, update=0)
+    # Summed over micro-batches in host memory, not on the device.
+    host["gradients of micro-batches"] = 4 * share
+    return replace(found, held=held, host=host, accumulated=0, reduce=found.reduce - found.accumulated, update=0)
 
 
 def sharded_bytes(shape: Shape, itemsize: int, ranks: int) -> tuple[int, int]:

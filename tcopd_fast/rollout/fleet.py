@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import httpx
 
@@ -52,6 +52,8 @@ class Fleet:
     trust_remote_code: bool = False
     engines: list[Engine] = field(default_factory=list)
     restarts: int = 0
+    remedy: ClassVar[str] = "replaced"
+    """What `restart` does about an engine that failed."""
 
     @property
     def urls(self) -> list[str]:

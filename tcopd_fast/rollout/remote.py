@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -19,6 +18,8 @@ from tcopd_fast.rollout.vllm_plugin import shape_of
 
 CHECK_S = 1.0
 ANSWER_S = 10.0
+SILENT = f"it takes connections and does not answer within {ANSWER_S:g} s"
+BY_HAND = "end it there by hand (this run ends no engine that it did not start) and start `tcopd serve-rollout` again"
 
 
 @dataclass
@@ -34,6 +35,7 @@ class RemoteFleet:
     max_model_len: int
     trust_remote_code: bool = False
     meetings: int = 0
+    remedy: ClassVar[str] = "waited for"
     urls: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ class RemoteFleet:
             named = ", ".join(self.urls[n] for n in suspects)
             raise UserError(
                 f"rollout engines failed more than {limit} times (rollout.vllm.server.max_restarts), last {named}; "
-                "read their output"
+                f"read their output; if one hangs, {BY_HAND}"
             )
         # One that has just been killed may answer for a moment.
         time.sleep(CHECK_S)
@@ -76,19 +78,20 @@ class RemoteFleet:
         """They stay up."""
 
     def _wait(self, urls: Sequence[str]) -> None:
-        """Until every engine's core answers."""
+        """Until every engine's core answers; says so when one takes connections and does not."""
         limit = self.config.vllm.server.start_timeout_s
         end = time.monotonic() + limit
         for url in urls:
-            while True:
-                with suppress(httpx.HTTPStatusError, httpx.TransportError, ValueError):
-                    _get(url, "weight_info")
-                    break
+            silent = False
+            while (word := _last_word(url)) is not None:
+                if word == SILENT and not silent:
+                    silent = True
+                    print(f"rollout engine {url}: {SILENT}; if it hangs, {BY_HAND}", flush=True)
                 if time.monotonic() > end:
+                    remedy = BY_HAND if word == SILENT else "start it there with `tcopd serve-rollout`"
                     raise UserError(
                         f"rollout.vllm.server.urls: {url} did not answer as a rollout engine within {limit:g} s "
-                        f"(start_timeout_s; {_last_word(url)}); start it there with `tcopd serve-rollout`, then "
-                        "continue with --resume"
+                        f"(start_timeout_s; {word}); {remedy}; then continue with --resume"
                     )
                 time.sleep(CHECK_S)
 
@@ -131,10 +134,14 @@ def _post(url: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     return httpx.post(f"{url}/{path}", json=body, timeout=ANSWER_S, trust_env=False).raise_for_status().json()
 
 
-def _last_word(url: str) -> str:
-    """What the engine's address says now."""
+def _last_word(url: str) -> str | None:
+    """What the engine's address says instead of its weights' version; None when it says that."""
     try:
-        status = httpx.get(f"{url}/weight_info", timeout=ANSWER_S, trust_env=False).status_code
-        return f"weight_info gives HTTP {status}"
-    except httpx.TransportError as error:
+        _get(url, "weight_info")
+    except httpx.ReadTimeout:
+        return SILENT
+    except httpx.HTTPStatusError as error:
+        return f"weight_info gives HTTP {error.response.status_code}"
+    except (httpx.TransportError, ValueError) as error:
         return repr(error)
+    return None

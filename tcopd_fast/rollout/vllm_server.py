@@ -319,7 +319,7 @@ class ServerEngine:
                 return
             except RuntimeError as error:
                 if self._world.is_main:
-                    print(f"{error}; all engines are replaced", flush=True)
+                    print(f"{error}; all engines are {self._fleet.remedy}", flush=True)
                 # The others may wait for good for the one that failed, and hold a mixture of weights.
                 self._restart(everyone=True)
 
@@ -332,7 +332,10 @@ class ServerEngine:
         reasons = {number: why for down in found for number, why in down.items()}
         if self._world.is_main:
             for number, why in sorted(reasons.items()):
-                print(f"rollout engine {number} failed: {why}; it is replaced", flush=True)
+                print(
+                    f"rollout engine {number} ({self._control.urls[number]}) failed: {why}; it is {self._fleet.remedy}",
+                    flush=True,
+                )
         suspects = set(reasons)
         if everyone:
             suspects = set(range(len(self._control.urls)))

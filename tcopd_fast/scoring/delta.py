@@ -75,6 +75,12 @@ def checkpoint_digest(path: str) -> str:
     return digest(lambda name: files.tensors([name])[name], sorted(files.names()))
 
 
+def tensor_digests(path: str, share: int = 0, shares: int = 1) -> dict[str, str]:
+    """`digest` of every tensor of a checkpoint by itself, or of one of so many shares of them."""
+    files = CheckpointFolder(local_folder(path))
+    return {n: digest(lambda name: files.tensors([name])[name], [n]) for n in sorted(files.names())[share::shares]}
+
+
 def make(base: str, teacher: str, out: str | Path) -> Report:
     """Write the difference of the checkpoint `teacher` to `base` into the folder `out`.
 
