@@ -63,7 +63,7 @@ def mixture_spec(
     hot: bool = True,
 ) -> Spec:
     function = {"forward": mixture_forward_kernel, "dlogits": mixture_dlogits_kernel}[kernel]
-    tile = tile_for(kernel, arch, ITEMSIZE[dtype], rows)
+    tile = tile_for(kernel, arch, ITEMSIZE[dtype], rows, n_frozen)
     shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}/w{tile.num_warps}s{tile.num_stages}"
     features = f"j{n_frozen}" + "-compact" * compact + "-full" * full_heads
     name = f"{prefix(arch)}/mixture_{kernel}/{dtype}/{features}/{'tma' if tma else 'ptr'}/{shape}"

@@ -29,8 +29,8 @@ def specs(archs: list[int | str]) -> Iterator[Spec]:
     for arch in archs:
         own_path = isinstance(arch, int) and arch >= 90
         tiles = [tile for N in ROWS for tile in keep_tiles(arch, 2, N)]
-        tiles += [LEAST_SHARED_TILE] * isinstance(arch, int)
-        for tile, entropy in itertools.product(tiles, (False, True)):
+        tiles += [LEAST_SHARED_TILE] * own_path
+        for tile, entropy in itertools.product(dict.fromkeys(tiles), (False, True)):
             yield keep_spec(arch, "bf16", tile, own_path, entropy=entropy)
         default = keep_tiles(arch, 2, ROWS[-1])[0]
         yield keep_spec(arch, "fp16", default, own_path, entropy=True)

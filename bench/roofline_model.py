@@ -180,14 +180,14 @@ def _several_models(shape: Shape, gpu: Gpu, load: str) -> Iterator[Kernel]:
         f"{models} models in one launch", f"multi/bf16/plain/{load}/{label(tile)}/align16", 1,
         models * row_blocks * splits, models * product(shape), models * _operands(shape),
     )  # fmt: skip
-    mixed = tile_for("forward", gpu.arch, BYTES, shape.N)
+    mixed = tile_for("forward", gpu.arch, BYTES, shape.N, shape.frozen)
     row_blocks, splits, _ = _cut(shape, gpu, mixed)
     # Variants are compiled for one and for three frozen models; three takes the most registers.
     yield Kernel(
         f"full vocabulary forward, {shape.frozen} frozen", f"mixture_forward/bf16/j3/{load}/{label(mixed)}", 1,
         row_blocks * splits, models * product(shape), models * _operands(shape),
     )  # fmt: skip
-    back = tile_for("dlogits", gpu.arch, BYTES, shape.N)
+    back = tile_for("dlogits", gpu.arch, BYTES, shape.N, shape.frozen)
     width = chunk_columns(shape.N, shape.V, BYTES)
     chunks = math.ceil(shape.V / width)
     yield Kernel(

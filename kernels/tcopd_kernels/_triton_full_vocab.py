@@ -144,14 +144,15 @@ def _fp16_scale(w: torch.Tensor, terms: RowTerms, temperature: float) -> torch.T
     return w.new_tensor(2.0 ** max(-100, min(100, exponent - 14)))
 
 
-def mixture_tile(kernel: str, hidden: torch.Tensor) -> Tile:
-    """The tile of "forward" or "dlogits" for hidden [N, D]."""
+def mixture_tile(kernel: str, models: Models) -> Tile:
+    """The tile of "forward" or "dlogits" for these models and rows."""
     if INTERPRETED:
         return _INTERPRETER_TILE
-    return tile_for(kernel, device_limits(hidden.device)[0], hidden.itemsize, len(hidden))
+    hidden = models.heads[0].hidden
+    return tile_for(kernel, device_limits(hidden.device)[0], hidden.itemsize, len(hidden), len(models.heads) - 1)
 
 
-def tile_for(kernel: str, arch: int | str, itemsize: int, n_rows: int) -> Tile:
+def tile_for(kernel: str, arch: int | str, itemsize: int, n_rows: int, n_frozen: int) -> Tile:
     """The tile on `arch` (80, 90, … or "gfx942"): as large as two fp32 tiles and what comes with them fit in registers.
 
     The forward, with the statistics of all models, has room for less. bench/offline_compile.py checks all of them.
@@ -163,10 +164,13 @@ def tile_for(kernel: str, arch: int | str, itemsize: int, n_rows: int) -> Tile:
     if n_rows <= 16:
         return Tile(16, 128, 64, 4, 3)
     if arch < 90:
-        return Tile(64, 64 if kernel == "forward" else 128, 32, 8, 4)
+        most = 32 if n_frozen == MAX_FROZEN else 64  # four models spill at 64 columns, with Triton before 3.9
+        return Tile(64, most if kernel == "forward" else 128, 32, 8, 4)
     if kernel == "forward":
         return Tile(64, 128, 64, 8, 3) if arch == 90 else Tile(64, 64, 64, 4, 3)
-    return Tile(128 if n_rows > 64 else 64, 128, 64, 8, 3)
+    if n_rows > 64:
+        return Tile(128, 128, 64, 8, 3)
+    return Tile(64, 128, 64, 8 if arch == 90 else 4, 3)  # on sm_100 eight warps spill, with Triton 3.6
 
 
 def _arguments(models: Models, tile: Tile, use_tma: bool) -> list[Any]:
@@ -198,7 +202,7 @@ def forward(models: Models, lse_floor: torch.Tensor | None) -> tuple[RowTerms, t
     """
     student, J = models.heads[0], len(models.heads) - 1
     N, V = len(student.hidden), len(student.weight)
-    tile, use_tma = mixture_tile("forward", student.hidden), _uses_tma(models)
+    tile, use_tma = mixture_tile("forward", models), _uses_tma(models)
     row_blocks = triton.cdiv(N, tile.block_m)
     splits, tiles_per_split = vocab_splits(
         row_blocks, triton.cdiv(V, tile.block_n), device_limits(student.hidden.device)[1]
@@ -233,7 +237,7 @@ def fill_dlogits(
     """
     hidden = models.heads[0].hidden
     N, V = len(hidden), len(models.heads[0].weight)
-    tile, use_tma = mixture_tile("dlogits", hidden), _uses_tma(models)
+    tile, use_tma = mixture_tile("dlogits", models), _uses_tma(models)
     col_blocks = triton.cdiv(columns.stop - columns.start, tile.block_n)
     sum_parts = torch.empty(2, col_blocks, N, dtype=torch.float32, device=hidden.device) if row_sums else None
     with on_device(hidden):
@@ -305,7 +309,7 @@ def _compact_gradients(
         # The mass is known to the rounding of the probabilities.
         return (sums[0].clamp(min=0) * sums[1].clamp(min=1e-6)).sqrt() / temperature
 
-    tile_rows = mixture_tile("forward", head.hidden).block_m
+    tile_rows = mixture_tile("forward", models).block_m
     dense = []
     everywhere = torch.arange(len(upstream), device=upstream.device)
     for rows, bound in zip(everywhere.split(COMPACT_ROWS), bounds.split(COMPACT_ROWS // tile_rows), strict=True):

@@ -65,7 +65,7 @@ ROW_MULTIPLE = 128
 # Kept rows begin at multiples of this many elements, whatever V is.
 KEPT_COLUMN_MULTIPLE = 128
 DLOGITS_ROWS, DLOGITS_COLUMNS = 32, 128
-LEAST_SHARED_TILE = Tile(64, 128, 32, 4, 4)  # with a staged tile within the 99 KiB of consumer GPUs
+LEAST_SHARED_TILE = Tile(64, 128, 32, 4, 4)  # with a staged tile within the 99 KiB of consumer GPUs after Ampere
 # Stands for −inf in maxima, where differences must not be NaN.
 LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -326,7 +326,9 @@ def keep_tile(hidden: torch.Tensor) -> Tile:
 
 
 def keep_tiles(arch: int | str, itemsize: int, n_rows: int) -> list[Tile]:
-    """In order of preference; at 256 columns the kernel spills registers."""
+    """In order of preference. At 256 columns the kernel spills; on Ampere at 128 x 128 too, with Triton before 3.9."""
+    if isinstance(arch, int) and arch < 90:
+        n_rows = min(n_rows, 64)
     return [tile for tile in candidate_tiles(arch, itemsize, n_rows, True) if tile.block_n <= 128]
 
 
