@@ -40,7 +40,17 @@ for name in "${RESULTS[@]}"; do rm -f "$OUT/$name.json"; done
 
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 if [ -d .whl ]; then
-  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site .whl/*.whl || exit 1
+  # A wheel in parts is joined once all of them are there.
+  mkdir -p /tmp/wheels "$WORK/joined"
+  find .whl -name '*.whl.part*' -exec cp -t /tmp/wheels {} +
+  for first in /tmp/wheels/*.whl.part00; do
+    [ -e "$first" ] || continue
+    name=$(basename "$first" .part00)
+    cat /tmp/wheels/"$name".part* >"$WORK/joined/$name"
+    "$PYTHON" -m zipfile -t "$WORK/joined/$name" >/dev/null 2>&1 || rm "$WORK/joined/$name"
+  done
+  find .whl "$WORK/joined" -name '*.whl' -print0 |
+    xargs -0 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site || exit 1
   export PYTHONPATH="$PYTHONPATH:/tmp/site"
 fi
 INTERPRET=()
