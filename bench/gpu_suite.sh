@@ -49,7 +49,7 @@ if [ -d .whl ]; then
     cat /tmp/wheels/"$name".part* >"$WORK/joined/$name"
     "$PYTHON" -m zipfile -t "$WORK/joined/$name" >/dev/null 2>&1 || rm "$WORK/joined/$name"
   done
-  find .whl "$WORK/joined" -name '*.whl' -print0 |
+  find .whl "$WORK/joined" -type f -name '*.whl' -print0 |
     xargs -0 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site || exit 1
   export PYTHONPATH="$PYTHONPATH:/tmp/site"
 fi
