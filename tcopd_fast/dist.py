@@ -139,7 +139,7 @@ class World:
         except PeerError:
             raise
         except UserError as error:
-            raise self._said_once(error) from error
+            raise self._said_once(error, str(error)) from error
         except RuntimeError as error:
             missing = _roll_call(self, "lost", self.roll_call_s) if _is_of_a_collective(error) else []
             if not missing:
@@ -148,14 +148,18 @@ class World:
                 f"{_ranks(missing)} of {self.size} ended or hung and the others cannot go on without; read the output "
                 f"of the missing rank first, then continue with --resume ({str(error).strip().splitlines()[0]})"
             )
-            raise self._said_once(lost) from error
+            # What the collective says of it differs from rank to rank.
+            raise self._said_once(lost, f"lost {_ranks(missing)}") from error
 
-    def _said_once(self, error: UserError) -> UserError:
-        """The error itself on the first rank that meets it, PeerError on others; itself where that cannot be known."""
+    def _said_once(self, error: UserError, about: str) -> UserError:
+        """The error itself on the first rank that meets it, PeerError on others; itself where that cannot be known.
+
+        about: what is the same on all ranks that meet it.
+        """
         if self.size == 1:
             return error
         try:
-            first = self.store.add(f"tcopd/error/{sha256(str(error).encode()).hexdigest()}", 1) == 1
+            first = self.store.add(f"tcopd/error/{sha256(about.encode()).hexdigest()}", 1) == 1
         except RuntimeError:
             return error  # the store went with rank 0
         if self.is_main:

@@ -6,8 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from forked import end_all, run_forked, start_forked
 from running import write_config
+
+from tcopd_fast import dist
+from tcopd_fast.errors import PeerError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +70,17 @@ def test_a_lost_rank_is_named_once(tiny, tmp_path):
     assert [process.exitcode for process in processes][:2] == [2, 2]
     text = log.read_text()
     assert text.count("rank 2 of 3 ended or hung") == 1 and "Traceback" not in text, text
+
+
+def test_ranks_that_are_told_of_a_loss_in_other_words_name_it_once(monkeypatch):
+    """The collective names its own port on every rank."""
+    monkeypatch.setattr(dist, "_roll_call", lambda *_: [2])
+    monkeypatch.setattr(dist, "LINGER_S", 0.0)
+    store = torch.distributed.HashStore()
+    met = []
+    for rank in (1, 0):
+        world = dist.World(rank, 3, torch.device("cpu"), store=store)
+        with pytest.raises(UserError, match="rank 2 of 3 ended or hung") as raised, world.watching_ranks():
+            raise RuntimeError(f"[/pytorch/third_party/gloo/pair.cc] Read error [127.0.0.1]:{1000 + rank}")
+        met.append(raised.type)
+    assert met == [dist.LostRankError, PeerError]
