@@ -122,6 +122,7 @@ oldest: .venv-oldest/.done
 	@PYTHONPATH=kernels $(OLDEST) bench/offline_compile.py --archs 80 90 100 --jobs 2 --json bench/results/offline_compile_triton36.json
 	@PYTHONPATH=kernels $(OLDEST) bench/launches.py --json bench/results/launches_triton36.json
 	@$(OLDEST) -m pytest tests/kernels -q
+	@TRITON_INTERPRET=1 $(OLDEST) -m pytest tests/gpu -q
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
