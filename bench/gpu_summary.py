@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+import torch
+
+from tcopd_fast.machine import device_name, driver_version, source_commit
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "cut-cross-entropy", "trl", "verl")
 COUNTS = ("tests", "failures", "errors", "skipped")
@@ -27,35 +29,15 @@ DEMO_RUNS = {"g_opd", "tc_opd"}
 
 def about() -> dict[str, Any]:
     """Device, driver, versions and commit. Needs torch alone."""
-    import torch
-
     versions = {name: metadata.version(name) for name in PACKAGES if any(metadata.distributions(name=name))}
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+        "device": device_name(),
         "driver": driver_version(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": versions,
     }
-    return found | {"git_sha": os.environ.get("GIT_SHA") or git_sha()}
-
-
-def driver_version() -> str | None:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
-
-
-def git_sha() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+    return found | {"git_sha": source_commit()}
 
 
 def read_steps(file: Path) -> dict[str, dict[str, Any]]:

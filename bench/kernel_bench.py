@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_profile_about import command_line
 from kernel_suite import real_inputs
 from kernel_suite.cases import BACKWARD_CASES, CASES, MEMORY_CASES, Case, cases_of
 from kernel_suite.inputs import MAX_TEACHERS, PEAKED_ENTROPY, Problem
@@ -130,7 +131,7 @@ def run_benchmark(args: argparse.Namespace, device: torch.device) -> int:
     providers, offers = make_providers(names)
     problems = problems_of(args.shapes, args.inputs, args.real)
     about: dict[str, Any] = environment(0)
-    about |= {"command": command(sys.argv[1:])}
+    about |= {"command": command_line("bench/kernel_bench.py", sys.argv[1:])}
     about |= {"clock": clock_of(device), "rounds": args.rounds, "load_average": os.getloadavg()[0]}
     if "real" in args.inputs.split(","):
         about["real_inputs"] = real_inputs.about(args.real)
@@ -151,18 +152,6 @@ def run_benchmark(args: argparse.Namespace, device: torch.device) -> int:
     write_json(args.json, about, began, offers, rows)
     broken = [row for row in rows if row.get("provider") in OURS and ("error" in row or "memory_error" in row)]
     return int(bool(broken) or not any("ratio" in row for row in rows))
-
-
-def command(arguments: list[str]) -> str:
-    """The command line; absolute paths relative to the working directory, or their last part alone."""
-
-    def shown(word: str) -> str:
-        path = Path(word)
-        if not path.is_absolute():
-            return word
-        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
-
-    return " ".join(["python bench/kernel_bench.py", *map(shown, arguments)])
 
 
 def write_json(

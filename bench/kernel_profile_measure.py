@@ -20,6 +20,7 @@ from kernel_profile_launches import (
     tile_label,
 )
 from kernel_profile_operations import PRODUCTS, Inputs, Operation
+from kernel_suite.measure import seconds_of
 from torch.autograd import DeviceType
 
 COPY_BYTES = 2 << 30
@@ -28,20 +29,6 @@ PROFILED_CALLS = 3
 # How cuBLAS and CUTLASS name their kernels, and torch its operators, which is what a CPU has.
 PRODUCT_NAMES = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm")
 SHOWN_KERNELS = 12
-
-
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def ceilings(x: Inputs, copy_bytes: int) -> dict[str, Callable[[], object]]:
@@ -62,7 +49,7 @@ def interleaved(
         names = list(calls)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(milliseconds(calls[name], device))
+            times[name].append(1e3 * seconds_of(calls[name], device))
     return {name: {"ms": statistics.median(values), "rounds_ms": values} for name, values in times.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from midsize_models import SHAPES, describe
 from midsize_plan import PREDICTED_STAGES, SERIES, SPEED, config_tree, plan, predict, sizes
-from midsize_report import GB, PAPER_GB, TITLES, Row, heading, per_teacher
+from midsize_report import GB, PAPER_GB, TITLES, Row, heading, per_teacher, provenance
 from teacher_memory_report import PAPER_SHARE, signed, table
 
 from tcopd_fast.plan.memory import CONTEXT_BYTES, FRAGMENTATION
@@ -18,7 +18,6 @@ from tcopd_fast.plan.memory import CONTEXT_BYTES, FRAGMENTATION
 DEVICE_BYTES = 80 * 10**9
 # Whose teachers are as large as the paper's.
 PAPER_SHAPE = "qwen3_4b"
-PACKAGES = ("python", "torch", "transformers")
 
 
 def predictions(
@@ -49,7 +48,7 @@ def block(data: Mapping[str, Any], results: str) -> str:
     parts = []
     for shape in data["shapes"]:
         parts += [heading(data, shape, "Predicted, not measured: "), _table(data, shape)]
-    return "\n\n".join([*parts, _note(data), _provenance(data, results)])
+    return "\n\n".join([*parts, _note(data), provenance(data, results, "no GPU, no weights")])
 
 
 def step_seconds(row: Row) -> float:
@@ -110,15 +109,4 @@ def _note(data: Mapping[str, Any]) -> str:
         "least-squares slopes over K; % of the step with the fewest teachers. A step here has no rollout and no "
         "weight_sync, and no rollout engine holds a copy of the student; the paper's step includes a rollout, so its "
         f"{100 * PAPER_SHARE:.1f} % is a share of something longer."
-    )
-
-
-def _provenance(data: Mapping[str, Any], results: str) -> str:
-    """Versions, commit, date, command, link."""
-    about = data["environment"]
-    packages = ", ".join(f"{name} {about['versions'][name]}" for name in PACKAGES if name in about["versions"])
-    sha = about["git_sha"] or "unknown"
-    return (
-        f"Calculated with {packages}; commit `{sha[:9]}{'+' if sha.endswith('+') else ''}`; "
-        f"{about['started'][:10]}; `{about['command']}`; every number: [{Path(results).name}]({results})."
     )

@@ -236,13 +236,13 @@ def _note(data: Mapping[str, Any]) -> str:
     )
 
 
-def provenance(data: Mapping[str, Any], results: str) -> str:
-    """Device, versions, commit, date, command, link."""
+def provenance(data: Mapping[str, Any], results: str, ran_on: str | None = None) -> str:
+    """Device (or what is given instead), versions, commit, date, command, link."""
     about = data["environment"]
     packages = ", ".join(f"{name} {about['versions'][name]}" for name in SHOWN_PACKAGES if name in about["versions"])
     sha = about["git_sha"] or "unknown"
     return (
-        f"{about['device']}; {packages}; commit `{sha[:9]}{'+' if sha.endswith('+') else ''}`; "
+        f"{ran_on or about['device']}; {packages}; commit `{sha[:9]}{'+' if sha.endswith('+') else ''}`; "
         f"{about['started'][:10]}; `{about['command']}`; every number: [{Path(results).name}]({results})."
     )
 

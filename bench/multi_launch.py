@@ -18,12 +18,12 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_suite.measure import seconds_of
 from tcopd_kernels import multi_linear_logprob
 from tcopd_kernels._step_models import Model
 from tcopd_kernels._triton_multi import predicted_launch_us
@@ -51,20 +51,6 @@ def make_heads(
     return [normal(tokens, dim, 1.0) for dim in widths], [normal(vocab, dim, 2 / dim**0.5) for dim in widths], targets
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
 def measure(
     hiddens: list[torch.Tensor], weights: list[torch.Tensor], targets: torch.Tensor, rounds: int, backend: str
 ) -> dict[str, Any]:
@@ -77,7 +63,7 @@ def measure(
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for turn in range(rounds):
         for form in FORMS if turn % 2 else FORMS[::-1]:
-            times[form].append(milliseconds(lambda form=form: call(form), targets.device))
+            times[form].append(1e3 * seconds_of(lambda form=form: call(form), targets.device))
     median = {form: statistics.median(values) for form, values in times.items()}
     models = [Model(h, w) for h, w in zip(hiddens, weights, strict=True)]
     predicted_ms, chosen = predicted(models)

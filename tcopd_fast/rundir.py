@@ -8,9 +8,7 @@ import json
 import os
 import platform
 import secrets
-import shutil
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -27,8 +25,8 @@ from tcopd_fast.config import Config
 from tcopd_fast.config_io import dump_config, read_tree, validate
 from tcopd_fast.dist import World
 from tcopd_fast.errors import UserError
+from tcopd_fast.machine import SOURCE, device_name, driver_version, source_commit
 
-SOURCE = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "tcopd-fast",
     "torch",
@@ -232,7 +230,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "git_sha": _git_sha(),
+        "git_sha": source_commit(),
         "versions": versions,
         "device": device_name(),
         **({"driver": driver_version()} if torch.cuda.is_available() else {}),
@@ -246,43 +244,6 @@ def environment(seed: int | None = None) -> dict[str, Any]:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def device_name() -> str:
-    """The GPU's name, or the processor's with its core count."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"CPU: {model}, {os.cpu_count()} cores"
-
-
-def driver_version() -> str | None:
-    """Version of the NVIDIA driver, or None where nvidia-smi does not tell."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
-
-
-def _git_sha() -> str | None:
-    """Commit of the source tree this package runs from. '+' marks local changes.
-
-    A tree without .git may be told by the variable GIT_SHA; for an installed wheel the commit is not known.
-    """
-    if not (SOURCE / ".git").exists():
-        return os.environ.get("GIT_SHA")
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    sha = git("rev-parse", "HEAD")
-    return (sha + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) if sha else None
 
 
 def write_atomically(path: Path, text: str) -> None:

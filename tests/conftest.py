@@ -23,3 +23,16 @@ def tiny(tmp_path_factory) -> Tiny:
     ]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Tiny(root, root / "student", root / "expert", root / "anti", root / "padded", root / "prompts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, tmp_path_factory):
+    """A run of `interrupted` that nothing happened to (read only)."""
+    from forked import run_forked
+    from interrupted import config_of
+    from running import lines
+
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run_forked(config_of(tiny, run_dir), run_dir.with_name("log"))
+    assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == list(range(1, 41))
+    return run_dir

@@ -21,15 +21,6 @@ def no_process_stays():
     end_all()
 
 
-@pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory) -> Path:
-    """A run that nothing happened to."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run_forked(config_of(tiny, run_dir), run_dir.with_name("log"))
-    assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == list(range(1, 41))
-    return run_dir
-
-
 def test_a_file_system_without_room_costs_no_checkpoint(tiny, whole, tmp_path):
     """Writes fail for real, by RLIMIT_FSIZE lowered and raised from outside: warned, counted, tried again."""
     run_dir, log = tmp_path / "run", tmp_path / "log"

@@ -27,15 +27,6 @@ def no_process_stays():
     end_all()
 
 
-@pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory) -> Path:
-    """A run that nothing happened to."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run_forked(config_of(tiny, run_dir), run_dir.with_name("log"))
-    assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == list(range(1, 41))
-    return run_dir
-
-
 def test_equal_seeds_give_equal_runs(tiny, whole, tmp_path):
     run_forked(config_of(tiny, tmp_path / "again"), tmp_path / "log")
     same_training(tmp_path / "again", whole)

@@ -417,7 +417,7 @@ def test_compiled_kernels_are_described(monkeypatch):
     options = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
 
     class Kernel:
-        fn = measure.milliseconds
+        fn = measure.interleaved
 
         def run(self, *args, grid, warmup, **options):
             return compiled
@@ -430,5 +430,5 @@ def test_compiled_kernels_are_described(monkeypatch):
             Kernel().run(grid=grid, warmup=False, **options)
     found = measure.launch_rows(recorded)
     assert [(row["programs"], row["launches"]) for row in found] == [(8, 2), (1, 1)]
-    assert found[0]["kernel"] == "kernel_profile_measure.milliseconds" and found[0]["tile"] == "64x64x32/w8s2"
+    assert found[0]["kernel"] == "kernel_profile_measure.interleaved" and found[0]["tile"] == "64x64x32/w8s2"
     assert (found[0]["registers"], found[0]["mma_sync"], found[0]["wgmma"]) == (32, True, None)
