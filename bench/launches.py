@@ -171,6 +171,7 @@ def run(arch: int, quick: bool) -> dict[str, Any]:
                 failures[name] = f"{type(error).__name__}: {error}"
                 print(f"FAILED {name}", file=sys.stderr)
                 traceback.print_exc(limit=-6)
+    torch.distributed.destroy_process_group()
     launches, compiled = stand_in.launches(), stand_in.compiled
     return {
         "arch": arch, "calls": calls, "failures": failures, "launches": len(launches),

@@ -131,6 +131,7 @@ def main() -> int:
     if world.is_main:
         torch.save(scores, cell["scores"])
     Path(f"{cell['out']}.{world.rank}.json").write_text(json.dumps(found))
+    world.leave()
     return 0
 
 

@@ -99,6 +99,7 @@ def run_eval(
             progress.evaluation(record)
     log.close()
     engine.close()
+    world.leave()
     (out / "environment.json").write_text(json.dumps(rundir.environment(config.seed), indent=1) + "\n")
     rundir.write_atomically(out / "config.yaml", dump_config(config))
     return 0

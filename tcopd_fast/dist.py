@@ -20,6 +20,9 @@ from tcopd_fast.errors import PeerError, UserError
 T = TypeVar("T")
 TIMEOUT_S = 1800.0
 ROLL_CALL_S = 10.0
+# gloo's threads release the tensors of a collective after it has returned, and need Python's lock for it. One that asks
+# for the lock while the interpreter ends aborts the process.
+RELEASE_S = 0.1
 # The store lives in rank 0's process, which stays this long after an error for the others to see the same.
 LINGER_S = 1.0
 
@@ -125,6 +128,15 @@ class World:
         """Wait for every rank."""
         if self.size > 1:
             dist.barrier(group=self.group)
+
+    def leave(self) -> None:
+        """End the process group when every rank has come this far. A collective, the last one of a process."""
+        import deepspeed
+
+        self.barrier()
+        time.sleep(RELEASE_S)
+        # DeepSpeed's own, which also drops the groups that it has made.
+        deepspeed.comm.destroy_process_group()
 
     @contextmanager
     def watching_ranks(self) -> Iterator[None]:

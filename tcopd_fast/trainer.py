@@ -1,6 +1,6 @@
 """The loop: data → rollout → scoring → reward → batch → loss → learner → weight_sync.
 
-`train` is the whole of it; what it needs is read in `inputs` and built in `run`.
+`loop` is the whole of it; what it needs is read in `inputs` and built in `run`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,17 @@ def train(config: Config, resume: bool = False, stop: Stop | None = None) -> Non
     """Run or continue a training run, until it is done or `stop` says so. Every rank calls it."""
     world = init_world(config.learner.rank_timeout_s)
     inputs = world.together(lambda: read_inputs(config, world.size))
+    with world.watching_ranks():
+        loop(config, inputs, world, resume, stop or Stop())
+        world.leave()
+
+
+def loop(config: Config, inputs: Inputs, world: World, resume: bool, stop: Stop) -> None:
+    """Every step that is left of a run. A collective."""
     with (
-        world.watching_ranks(),
         nullcontext(origin_of(config, inputs, world)) as origin,
         rundir.opened(config, world, origin, resume) as start,
-        assemble(config, inputs, world, origin, start, resume, stop or Stop()) as run,
+        assemble(config, inputs, world, origin, start, resume, stop) as run,
     ):
         parts = run.parts
         parts.progress.message(describe(config, inputs, parts, start))

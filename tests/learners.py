@@ -55,5 +55,4 @@ def _rank(work: Callable[..., Any], config_file: Path, folder: Path, variables: 
     torch.manual_seed(config.seed)
     learner = Learner(config, inputs.models, world)
     torch.save(work(learner, world, config, inputs), folder / f"rank{rank}.pt")
-    # The ranks leave together: one that goes early takes the rendezvous store with it.
-    world.barrier()
+    world.leave()

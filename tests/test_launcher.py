@@ -59,7 +59,7 @@ def check_run(run_dir: Path, size: int = 2) -> None:
     assert (manifest["step"], manifest["world_size"]) == (2, size)
 
 
-def test_ranks_know_how_many_share_their_machine(tmp_path):
+def test_ranks_know_how_many_share_their_machine_and_leave_together(tmp_path):
     nodes = two_machines(tmp_path, slots=(2, 1))
     logs = [tmp_path / "log0", tmp_path / "log1"]
     words = ["--module", "launched_world", str(tmp_path)]
@@ -67,6 +67,7 @@ def test_ranks_know_how_many_share_their_machine(tmp_path):
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert [each["ranks"] for each in seen] == [[0, 1, 2]] * 3
     assert [(each["ranks_here"], each["local_rank"]) for each in seen] == [(2, "0"), (2, "1"), (1, "0")]
+    assert [(tmp_path / f"{rank}.left").read_text() for rank in range(3)] == ["3 False"] * 3, "none leaves early"
 
 
 def test_two_machines_train_one_run(tiny, tmp_path):
