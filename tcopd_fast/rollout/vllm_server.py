@@ -259,6 +259,7 @@ class ServerEngine:
         control, main = self._control, self._world.is_main
         control.version = version
         problem = None
+        self._source.expect()
         try:
             if main:
                 # Requests under way keep their place; their KV cache is made again with the new weights.
@@ -366,7 +367,8 @@ def transfer_settings(cuda: bool, rank: int, workers: int, bucket_bytes: int, ti
 class LearnerSource:
     """The learner's weights as vLLM's transfers take them (its `WeightSource`, by structure).
 
-    One pass is under way at a time; `drain` ends it, as the other ranks of a gathering learner need.
+    One pass is under way at a time. The ranks of a gathering learner make every pass together, so one that is expected
+    and comes to nothing here is made by `drain` all the same.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -383,8 +385,12 @@ class LearnerSource:
         self._pass = iter(self.weights)
         return self._pass
 
+    def expect(self) -> None:
+        """All ranks are about to make a pass; nothing is gathered yet."""
+        self._pass = iter(self.weights)
+
     def drain(self) -> None:
-        """Finish the pass under way."""
+        """Finish the pass under way, or make the expected one."""
         for _ in self._pass:
             pass
 
