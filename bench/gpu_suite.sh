@@ -6,7 +6,7 @@
 # models: memory and time of teachers (bench/teacher_memory.py), joint launches of several models
 #     (bench/multi_launch.py) and whole steps of mid-size models (bench/midsize.py).
 # Writes the JSON of each step, gpu_PART.json with the outcome of all, and gpu_PART.log to OUT (bench/results, of a dry
-# run runs/gpu_suite). Nothing is fetched: wheels in .whl/ (bench/wheels.sh) are installed into /tmp/site.
+# run runs/gpu_suite). Nothing is fetched: wheels in .whl/ (bench/wheels.sh) are installed into /tmp/site-packages.
 # --dry-run does the same on the CPU at tiny sizes, Triton kernels in the interpreter. GIT_SHA names the commit where
 # the copy has no .git. Exit status 1 when a step failed.
 set -uo pipefail
@@ -39,6 +39,8 @@ rm -f "$LOG"
 for name in "${RESULTS[@]}"; do rm -f "$OUT/$name.json"; done
 
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+# QuACK tells installed packages from its own code by this name.
+SITE=/tmp/site-packages
 if [ -d .whl ]; then
   # A wheel in parts is joined once all of them are there.
   mkdir -p /tmp/wheels "$WORK/joined"
@@ -50,8 +52,9 @@ if [ -d .whl ]; then
     "$PYTHON" -m zipfile -t "$WORK/joined/$name" >/dev/null 2>&1 || rm "$WORK/joined/$name"
   done
   find .whl "$WORK/joined" -type f -name '*.whl' -print0 |
-    xargs -0 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site || exit 1
-  export PYTHONPATH="$PYTHONPATH:/tmp/site"
+    xargs -0 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" || exit 1
+  # The second is what CUTLASS's .pth file would add; Python reads those in folders of its own only.
+  export PYTHONPATH="$PYTHONPATH:$SITE:$SITE/nvidia_cutlass_dsl/dsl_packages"
 fi
 INTERPRET=()
 if [ -n "$DRY_RUN" ]; then

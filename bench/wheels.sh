@@ -38,7 +38,7 @@ DS_BUILD_OPS=0 "$PYTHON" -m pip --disable-pip-version-check wheel -q --no-cache-
   --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
   -d "$FOLDER" "${PACKAGES[@]:1}"
 
-count=$(find "$FOLDER" -name '*.whl' | wc -l)
+count=$(find "$FOLDER" -type f -name '*.whl' | wc -l)
 [ "$count" -eq "${#PACKAGES[@]}" ] || { echo "error: $count wheels for ${#PACKAGES[@]} packages in $FOLDER" >&2; exit 1; }
 for wheel in "$FOLDER"/deepspeed-*.whl; do
   case $wheel in
@@ -46,10 +46,10 @@ for wheel in "$FOLDER"/deepspeed-*.whl; do
     *) echo "error: $wheel holds compiled code; build it where DS_BUILD_OPS=0 is honoured" >&2; exit 1 ;;
   esac
 done
-find "$FOLDER" -name '*.whl' -size +${PART_MIB}M | while read -r wheel; do
+find "$FOLDER" -type f -name '*.whl' -size +${PART_MIB}M | while read -r wheel; do
   split -b "${PART_MIB}M" -d "$wheel" "$wheel.part"
   rm "$wheel"
 done
-bytes=$(cat "$FOLDER"/*.whl "$FOLDER"/*.whl.part* 2>/dev/null | wc -c)
+bytes=$(find "$FOLDER" -type f -name '*.whl*' -printf '%s\n' | awk '{ sum += $1 } END { print sum }')
 echo "$count wheels, $((bytes >> 10)) KiB in $FOLDER"
 [ -n "${CUTLASS:-}" ] || [ "$bytes" -le $((LIMIT_MIB << 20)) ] || { echo "error: more than $LIMIT_MIB MiB" >&2; exit 1; }

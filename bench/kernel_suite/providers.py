@@ -166,9 +166,9 @@ def liger() -> Provider:
 
 
 def cce(name: str, impl: str, **options: Any) -> Provider:
+    logprob, mean = peers.cce(impl, **options)
     if impl == "cce" and not torch.cuda.is_available():
         return Provider(name, *[NO_CUDA] * len(KINDS))
-    logprob, mean = peers.cce(impl, **options)
     return Provider(name, logprob, mean, CROSS_ENTROPY, in_turn(logprob))
 
 
@@ -179,18 +179,19 @@ def trl() -> Provider:
 
 
 def verl(name: str) -> Provider:
+    logprob = peers.verl_triton_logprob() if name == "verl_triton" else peers.verl_torch_logprob()
     if name == "verl_triton" and not torch.cuda.is_available():
         return Provider(name, *[NO_CUDA] * len(KINDS))
-    logprob = peers.verl_triton_logprob() if name == "verl_triton" else peers.verl_torch_logprob()
     return Provider(name, logprob, NO_KERNEL, on_logprob(logprob), in_turn(logprob))
 
 
 def quack() -> Provider:
     """Its chunked loss offers the reductions mean and sum only."""
+    mean = peers.quack_mean()
     if not torch.cuda.is_available():
         return Provider("quack", *[NO_CUDA] * len(KINDS))
     reason = "offers the reductions mean and sum only, no gradient per token"
-    return Provider("quack", reason, peers.quack_mean(), reason, reason)
+    return Provider("quack", reason, mean, reason, reason)
 
 
 PROVIDERS: dict[str, Callable[[], Provider]] = {
