@@ -105,7 +105,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         spans = clock.collect().spans
         stage = spans[-1].stage if spans else "loading"
         found["out_of_memory"] = {"stage": stage, "message": str(error).splitlines()[0][:300]}
-    return found | process_memory(world.device)
+    found |= process_memory(world.device)
+    world.leave()
+    return found
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

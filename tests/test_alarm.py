@@ -235,9 +235,6 @@ def gradient(config) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-# --- the experiment ---
-
-
 def test_every_row_of_the_experiment_is_a_valid_configuration():
     assert len({row.key for row in ROWS}) == len(ROWS)
     for row in ROWS:

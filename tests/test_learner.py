@@ -25,6 +25,7 @@ weights = dict(learner.named_weights())
 assert {w.dtype for w in weights.values()} == {torch.bfloat16}
 assert all(name.startswith("model.") for name in weights), "tied head: embeddings only, Hugging Face names"
 print("whole", sum(w.numel() for w in weights.values()))
+world.leave()
 """
 
 

@@ -42,9 +42,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# --- task ---
-
-
 def test_worked_examples_of_both_domains():
     assert task.response_to("M:47+38-19+12", show_work=True) == r"85;66;78;\boxed{78}"
     assert task.response_to("M:47+38-19+12", show_work=False) == r"\boxed{78}"
@@ -73,9 +70,6 @@ def test_a_malformed_problem_is_named(bad):
         task.answer_of(bad)
 
 
-# --- tokenizer ---
-
-
 def test_tokenizer_round_trip(tokenizer):
     text = r"M:47+38-19+12=85;66;78;\boxed{78}<eos>"
     ids = tokenizer.encode(text)
@@ -99,9 +93,6 @@ def test_chat_template(tokenizer):
     assert prompt == tokenizer.encode("M:47+38-19+12=")
     whole = [user, {"role": "assistant", "content": r"\boxed{78}"}]
     assert tokenizer.apply_chat_template(whole, tokenize=False) == r"M:47+38-19+12=\boxed{78}<eos>"
-
-
-# --- problem files ---
 
 
 def test_shipped_problem_files_are_disjoint_by_chain_and_correct():
@@ -170,9 +161,6 @@ def test_missing_and_unknown_assets_say_what_to_do(tmp_path, monkeypatch):
         asset("base")
 
 
-# --- checkpoints ---
-
-
 def test_checkpoints_are_small_tied_and_share_shape(models, tokenizer):
     for name, model in models.items():
         assert sum(f.stat().st_size for f in asset(name).rglob("*") if f.is_file()) < 5e6
@@ -203,9 +191,6 @@ def test_anti_expert_is_better_than_base_on_its_own_domain(models, tokenizer):
     problems = task.read_problems(asset("heldout_largest"))[:128]
     base, anti = (training.measure(models[name], tokenizer, problems).accuracy for name in ("base", "anti_expert"))
     assert anti > base + 0.1
-
-
-# --- build ---
 
 
 def test_a_tiny_build_repeats_bit_for_bit(tmp_path):

@@ -56,8 +56,6 @@ def test_order_depends_on_seed_and_epoch_and_is_pinned():
     assert order(0, 0) == [11, 3, 2, 1, 8, 6, 0, 7, 4, 10, 5, 9]
 
 
-# --- domain weights ---
-
 WEIGHTS = st.dictionaries(
     st.sampled_from("abcdefg"), st.floats(0, 100, allow_subnormal=False).map(lambda x: round(x, 2)), min_size=1
 ).filter(lambda weights: any(weights.values()))

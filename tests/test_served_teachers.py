@@ -70,9 +70,6 @@ def test_another_temperature_never_reaches_the_server(fakes):
         client(fakes()).score(rollouts(), 0.7)
 
 
-# ---- tcopd serve-teacher
-
-
 def test_serve_teacher_becomes_vllm_with_these_flags(tiny, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(serve_teacher.os, "execve", lambda *call: calls.append(call))

@@ -114,9 +114,6 @@ class FakeLauncher:
         pass
 
 
-# --- arithmetic ---
-
-
 @pytest.mark.parametrize("seeds", [1, 2, 5])
 def test_aggregation_against_numpy(tmp_path, seeds):
     records = [table1.read_run(run) for run in finish_all(tmp_path, seeds)]
@@ -159,9 +156,6 @@ def test_differences_pair_equal_seeds_whatever_the_order(tmp_path):
     assert opd["difference"]["t1"]["n"] == 2
 
 
-# --- README ---
-
-
 def test_block_replacement_is_idempotent_and_leaves_the_rest():
     text = f"a\n{table1_report.BEGIN}\nold\n{table1_report.END}\nb\n"
     block = r"| \1 \g<0> | 50 % |"
@@ -193,9 +187,6 @@ def test_missing_markers_are_refused_before_anything_runs(tmp_path, capsys, monk
 def test_absent_readme_is_refused(tmp_path, capsys):
     assert table1.main(arguments(tmp_path, tmp_path / "none.md")) == 2
     assert "none.md: no such file" in capsys.readouterr().err
-
-
-# --- plan and resuming ---
 
 
 def test_rows_resolve_to_the_stated_objectives(tmp_path):
@@ -310,9 +301,6 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-# --- outputs ---
 
 
 def test_only_report_writes_json_figure_and_readme(tmp_path, readme, capsys):
