@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from finished_runs import STEPS, leave_baselines, leave_run
 from running import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -25,14 +26,6 @@ from tcopd_fast.config import Config
 from tcopd_fast.config_io import validate
 from tcopd_fast.errors import UserError
 from tcopd_fast.evaluate import accuracy_change
-
-STEPS = 20
-ENVIRONMENT = {
-    "git_sha": "a" * 40,
-    "device": "CPU: test",
-    "threads": 1,
-    "versions": {"python": "3.11", "torch": "2.13"},
-}
 
 
 def made_up_final(rng: np.random.Generator) -> dict:
@@ -51,13 +44,6 @@ def made_up_final(rng: np.random.Generator) -> dict:
 
 
 def finish(job, rng: np.random.Generator, final: bool = True) -> None:
-    """Leave what a finished run leaves, with made-up numbers."""
-    checkpoint = job.folder / "checkpoints" / f"step_{STEPS:06d}"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "manifest.json").write_text("{}")
-    (job.folder / "config.yaml").write_text(f"steps: {STEPS}\n")
-    (job.folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    (job.folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "time_s/step": 0.5}}\n' for i in (1, 2)))
     records: list[dict] = []
     for step in (0, 10, STEPS):
         for domain in SETS:
@@ -65,9 +51,7 @@ def finish(job, rng: np.random.Generator, final: bool = True) -> None:
             new |= {"mean_at_k": float(rng.uniform(0.4, 0.8)), "standard_error": 0.01}
             new |= {"response_length_mean": 9.0, "reverse_kl": {}}
             records.append(new | accuracy_change(new, records))
-    (job.folder / "eval.jsonl").write_text("".join(json.dumps(item) + "\n" for item in records))
-    if final:
-        job.final.write_text(json.dumps({"environment": ENVIRONMENT, "results": made_up_final(rng)}))
+    leave_run(job, records, made_up_final(rng) if final else None)
 
 
 def finish_all(out: Path, seeds: int) -> list:
@@ -75,10 +59,7 @@ def finish_all(out: Path, seeds: int) -> list:
     runs = plan(out, seeds)
     for job in runs:
         finish(job, rng)
-    for name in multitask_plan.BASELINES:
-        file = multitask_plan.baseline_file(out, name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"environment": ENVIRONMENT, "results": made_up_final(rng)}))
+    leave_baselines(out, multitask_plan, lambda: made_up_final(rng))
     open_recipe(out, multitask_plan.make_recipe(STEPS, None))
     return runs
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from finished_runs import STEPS, leave_baselines, leave_run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -24,10 +25,6 @@ from table1_plan import FINAL, ROWS, plan, run_state, train_command  # noqa: E40
 
 from tcopd_fast.config_io import load_config  # noqa: E402
 from tcopd_fast.errors import UserError  # noqa: E402
-
-STEPS = 20
-VERSIONS = {"python": "3.11", "torch": "2.13"}
-ENVIRONMENT = {"git_sha": "a" * 40, "device": "CPU: test", "threads": 1, "versions": VERSIONS}
 
 
 def final_results(rng: np.random.Generator) -> dict:
@@ -57,17 +54,8 @@ def eval_record(step: int, accuracy: float) -> dict:
 
 
 def finish(run: table1_plan.Run, rng: np.random.Generator, final: bool = True) -> None:
-    """Leave what a finished run leaves: configuration, environment, evaluations, checkpoint, final results."""
-    checkpoint = run.folder / "checkpoints" / f"step_{STEPS:06d}"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "manifest.json").write_text("{}")
-    (run.folder / "config.yaml").write_text(f"steps: {STEPS}\n")
-    (run.folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    (run.folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "time_s/step": 0.5}}\n' for i in (1, 2)))
     records = [eval_record(step, float(rng.uniform(0.4, 0.8))) for step in (0, 10, STEPS)]
-    (run.folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    if final:
-        run.final.write_text(json.dumps({"environment": ENVIRONMENT, "results": final_results(rng)}))
+    leave_run(run, records, final_results(rng) if final else None)
 
 
 def finish_all(out: Path, seeds: int) -> list[table1_plan.Run]:
@@ -75,10 +63,7 @@ def finish_all(out: Path, seeds: int) -> list[table1_plan.Run]:
     runs = plan(out, seeds)
     for run in runs:
         finish(run, rng)
-    for name in table1_plan.BASELINES:
-        file = table1_plan.baseline_file(out, name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"environment": ENVIRONMENT, "results": final_results(rng)}))
+    leave_baselines(out, table1_plan, lambda: final_results(rng))
     return runs
 
 

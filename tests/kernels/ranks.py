@@ -35,5 +35,5 @@ def _rank(rank: int, size: int, folder: Path, module: str, name: str) -> None:
     torch.save(getattr(__import__(module), name)(), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # gloo's threads may outlive the group, and the C++ runtime aborts a process that exits before they end.
+    # A thread of gloo's that still releases a tensor while the interpreter ends aborts the process.
     os._exit(0)
